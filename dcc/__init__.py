@@ -1,0 +1,22 @@
+"""dcc: a compiler and minimal runtime for Diffusion Transformers.
+
+This module stays light on purpose: `import dcc.runtime` passes through it and must not pull torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "compile"]
+
+if TYPE_CHECKING:
+    from dcc.driver import compile
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compile":
+        from dcc.driver import compile
+
+        return compile
+    raise AttributeError(f"module 'dcc' has no attribute {name!r}")

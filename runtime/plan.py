@@ -1,0 +1,167 @@
+"""The plan: everything the runtime knows about a compiled sampling loop.
+
+A plan is data (JSON in the artifact's manifest). The compiler writes it, the runtime executes it, and nothing
+in it is code. Dimensions are integers or the name of a symbol in `Plan.symbols`; the symbol `B` counts the rows
+of one denoiser call, which is twice the images under classifier-free guidance.
+
+Life of a request:
+
+1. `request` calls run once on the conditions and fill *request ports*.
+2. `table` calls run once, batched over all sampler calls: their row inputs come from `constants` with a leading
+   sampler-call dimension (timestep-only values, computed at compile time) and from request ports; they fill
+   *table ports*, `[calls, B, ...]`.
+3. For sampler call `i`, the calls of `step_programs[order[i]]` run: they read the latent, request ports,
+   constants and row `i` of table ports and of timestep constants, pass values through `buffers`, and write the
+   output of the denoiser.
+
+`denoise` at any timestep runs `timestep` calls (timestep-only values for the timesteps given), then the same
+`request` and `table` calls as if there were one sampler call, then one step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPES = {
+    "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+Dimension = int | str
+Shape = tuple[Dimension, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor with its dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of the denoiser: `role` is latent, timestep or condition.
+
+    `null` fills the row of the unconditional half under guidance; without it the caller gives negative
+    conditions. `minimum` and `maximum` bound integer conditions (rows of an embedding table), both inclusive.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: Shape
+    null: float | None = None
+    minimum: int | None = None
+    maximum: int | None = None
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A tensor stored in the artifact: bytes `offset` to `offset + nbytes` of `member`, little-endian, C order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    member: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One ONNX model of the artifact; its ports carry the names given here.
+
+    `weights` names the entries of `Plan.weights` that its external initializers point at; `kind` is the scope it
+    belongs to: timestep, request, table or step.
+    """
+
+    name: str
+    kind: str
+    member: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConstantSpec:
+    """A tensor computed at compile time, stored like a weight.
+
+    `per_call` says that its leading dimension counts sampler calls: row `i` is read at sampler call `i`, and a
+    leading `1` after it is repeated over the rows of the batch (`rows` says that it is).
+    """
+
+    name: str
+    weight: str
+    per_call: bool
+    rows: bool
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Where a port reads or writes. `kind` is one of
+
+    `input` (an input of the denoiser), `constant`, `timestep` (a timestep-only value: row of a `per_call`
+    constant in `sample`, output of the timestep calls in `denoise`), `request` and `table` (ports filled by those
+    calls), `buffer` (a value between two step engines), `output` (the denoiser's output).
+    """
+
+    kind: str
+    name: str
+
+
+REF_KINDS = ("input", "constant", "timestep", "request", "table", "buffer", "output")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run `engine` with its ports, in the order of the engine's specs, bound to these places."""
+
+    engine: str
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """A value between two step engines. Buffers with the same `slot` share memory, never while both are live."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    slot: int
+
+
+@dataclass(frozen=True)
+class PortSpec:
+    """A value kept for the whole request (`request`) or for all sampler calls (`table`, without the call dimension).
+
+    `rows` says that its leading dimension is the batch `B`; a port without it is shared by all rows.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    rows: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole compiled loop; see the module's text for how it is executed."""
+
+    symbols: dict[str, tuple[int, int]]
+    inputs: tuple[InputSpec, ...]
+    output: TensorSpec
+    weights: tuple[WeightSpec, ...]
+    engines: tuple[EngineSpec, ...]
+    constants: tuple[ConstantSpec, ...]
+    timestep_ports: tuple[PortSpec, ...]
+    request_ports: tuple[PortSpec, ...]
+    table_ports: tuple[PortSpec, ...]
+    buffers: tuple[BufferSpec, ...]
+    timestep: tuple[Call, ...]
+    request: tuple[Call, ...]
+    table: tuple[Call, ...]
+    step_programs: tuple[tuple[Call, ...], ...]
+    order: tuple[int, ...]
