@@ -1,0 +1,139 @@
+"""The graph is cut into stages: one per early scope, and in the step a chain of glue and components.
+
+Equal stages share a template and are lowered once, however deep the model is. Stages are in a linear order: a glue
+node comes after the last component that it depends on, so the chain is always executable from left to right.
+
+Shapes    ports are contiguous tensors; a component's outputs are its branch tensors and nothing else.
+Numerics  bitwise equal.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from dcc.ir.components import Component, find_components
+from dcc.ir.extract import boundary_outputs, cut
+from dcc.ir.graph import ancestors, is_weight, outputs_of, tensor_inputs
+from dcc.ir.ops import flops_of
+from dcc.ir.program import PassReport, Program, Scope, Stage
+
+EARLY = (Scope.TIMESTEP, Scope.REQUEST, Scope.TABLE)
+
+
+@dataclass(frozen=True)
+class CutStages:
+    """See the module's text."""
+
+    name: str = "cut-stages"
+
+    def apply(self, program: Program) -> PassReport:
+        if not program.scopes:
+            return PassReport(self.name, "declined", "scopes are not known yet: run hoist-scopes first")
+        program.stages, program.templates = [], {}
+        final = outputs_of(program.graph)
+        constants = {node for node, scope in program.scopes.items() if scope is Scope.CONSTANT and not is_weight(node)}
+        order = {node: index for index, node in enumerate(program.graph.nodes)}
+        names: set[str] = set()
+        for kind, nodes in _parts(program):
+            outputs = sorted(boundary_outputs(nodes), key=order.__getitem__)
+            outputs += [node for node in final if node in nodes and node not in outputs]
+            if not outputs:
+                continue
+            self._add_stage(program, kind, nodes, outputs, constants, names)
+        components = [stage for stage in program.stages if stage.kind == "component"]
+        distinct = len({stage.template for stage in components})
+        total = sum(flops_of(node, 2) for stage in components for node in stage.nodes)
+        figures = {
+            "stages": len(program.stages), "components": len(components), "component templates": distinct,
+            "templates": len(program.templates), "component flops": total,
+        }  # fmt: skip
+        if not components:
+            return PassReport(self.name, "declined", "no residual branch found: the step is one stage", figures)
+        why = f"{len(components)} components of {distinct} kinds, {len(program.templates)} templates in all"
+        return PassReport(self.name, "applied", why, figures)
+
+    @staticmethod
+    def _add_stage(
+        program: Program, kind: str, nodes: Sequence[Node], outputs: list[Node], constants: set[Node], names: set[str]
+    ) -> None:
+        part = cut(nodes, outputs, constants)
+        name = _stage_name(kind, part.weights, names)
+        program.templates.setdefault(part.template, part.module)
+        stage = Stage(name, kind, tuple(nodes), part.inputs, part.outputs, part.weights, part.template)
+        program.stages.append(stage)
+
+
+def _parts(program: Program) -> list[tuple[str, list[Node]]]:
+    parts = []
+    for scope in EARLY:
+        nodes = [node for node in program.graph.nodes if program.scopes.get(node) is scope and node.op == "call_function"]
+        if nodes:
+            parts.append((str(scope), nodes))
+    step = [node for node in program.graph.nodes if program.scopes.get(node) is Scope.STEP and node.op == "call_function"]
+    return parts + chain(step)
+
+
+def chain(step: list[Node]) -> list[tuple[str, list[Node]]]:
+    """Glue and components of the step in executable order; every step node is in exactly one part."""
+    components = _executable(find_components(step), step)
+    owner = {node: index for index, component in enumerate(components) for node in component.nodes}
+    level: dict[Node, int] = {}
+    glue: dict[int, list[Node]] = {}
+    for node in step:
+        sources = [source for source in tensor_inputs(node) if source in level]
+        if node in owner:
+            level[node] = owner[node] + 1
+            continue
+        level[node] = max((level[source] for source in sources), default=0)
+        glue.setdefault(level[node], []).append(node)
+    parts: list[tuple[str, list[Node]]] = []
+    for index in range(len(components) + 1):
+        if index in glue:
+            parts.append(("glue", glue[index]))
+        if index < len(components):
+            parts.append(("component", list(components[index].nodes)))
+    return parts
+
+
+def _executable(components: list[Component], step: list[Node]) -> list[Component]:
+    """Components ordered so that each comes after all that it depends on; one in a cycle stays glue."""
+    inside = set(step)
+    above = {index: ancestors(component.nodes, inside) for index, component in enumerate(components)}
+    ordered: list[Component] = []
+    done: set[int] = set()
+    while len(done) < len(components):
+        ready = [
+            index
+            for index in range(len(components))
+            if index not in done
+            and all(
+                other in done or other == index or not (set(components[other].nodes) & above[index])
+                for other in range(len(components))
+            )
+        ]
+        if not ready:
+            break
+        ordered.append(components[ready[0]])
+        done.add(ready[0])
+    return ordered
+
+
+def _stage_name(kind: str, weights: Sequence[str], names: set[str]) -> str:
+    """The common module path of the stage's weights, or its kind; made unique with a number."""
+    base = kind
+    if kind in ("component", "glue") and weights:
+        owned = [weight.rsplit(".", 1)[0] for weight in weights if not weight.startswith("folded.")]
+        common = os.path.commonprefix([f"{path}." for path in owned]) if owned else ""
+        base = common.rpartition(".")[0] or kind
+    name, count = base, 1
+    while name in names:
+        name, count = f"{base}.{count}", count + 1
+    names.add(name)
+    return name
+
+
+__all__ = ["CutStages", "chain"]
