@@ -74,12 +74,13 @@ def _parts(program: Program) -> list[tuple[str, list[Node]]]:
         if nodes:
             parts.append((str(scope), nodes))
     step = [node for node in program.graph.nodes if program.scopes.get(node) is Scope.STEP and node.op == "call_function"]
-    return parts + chain(step)
+    early = {node for node, scope in program.scopes.items() if scope in EARLY and not is_weight(node)}
+    return parts + chain(step, early)
 
 
-def chain(step: list[Node]) -> list[tuple[str, list[Node]]]:
+def chain(step: list[Node], early: set[Node]) -> list[tuple[str, list[Node]]]:
     """Glue and components of the step in executable order; every step node is in exactly one part."""
-    components = _executable(find_components(step), step)
+    components = _executable(find_components(step, early), step)
     owner = {node: index for index, component in enumerate(components) for node in component.nodes}
     level: dict[Node, int] = {}
     glue: dict[int, list[Node]] = {}

@@ -8,7 +8,7 @@ timesteps; a model that indexes a table with it keeps its integer type.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +33,7 @@ def trace(
     nulls: Mapping[str, float] | None = None,
     ranges: Mapping[str, tuple[int, int]] | None = None,
     guidance: Guidance | None = None,
+    unbatched: Sequence[str] = (),
     rows: int = MAX_ROWS,
 ) -> Program:
     """The module as a Program in which everything is still in the step.
@@ -40,7 +41,10 @@ def trace(
     Raises TraceError for control flow that depends on data, for more than one output tensor, and for an input
     without a role.
     """
-    exported = module if isinstance(module, ExportedProgram) else _export(module, dict(example_inputs), roles, rows)
+    if isinstance(module, ExportedProgram):
+        exported = module
+    else:
+        exported = _export(module, dict(example_inputs), roles, rows, unbatched)
     with _quiet():
         exported = exported.run_decompositions({})
     graph, weights, placeholders = _flatten(exported)
@@ -68,14 +72,17 @@ def trace(
 
 
 def _export(
-    module: nn.Module, example: dict[str, Tensor], roles: Mapping[str, str], rows: int
+    module: nn.Module, example: dict[str, Tensor], roles: Mapping[str, str], rows: int, unbatched: Sequence[str]
 ) -> ExportedProgram:
     latents = [name for name, role in roles.items() if role == Role.LATENT and name in example]
     if len(latents) != 1:
         raise TraceError("one input must be the latent", got=dict(roles), next="say --role NAME=latent")
-    example = _with_batch_of_two(example, example[latents[0]].shape[0])
+    size = example[latents[0]].shape[0]
+    batched = [key for key, value in example.items() if value.dim() and value.shape[0] == size and key not in unbatched]
+    # With a batch of one the exporter would fix the batch to one.
+    example |= {key: torch.cat([example[key]] * (2 if size == 1 else 1))[: max(2, size)] for key in batched}
     batch = Dim("B", min=1, max=rows)
-    dynamic = {key: ({0: batch} if value.dim() and value.shape[0] == 2 else None) for key, value in example.items()}
+    dynamic = {key: ({0: batch} if key in batched else None) for key in example}
     timesteps = [key for key in example if roles.get(key) == Role.TIMESTEP and not example[key].is_floating_point()]
     attempts = [{**example, **{key: example[key].float() for key in timesteps}}] if timesteps else []
     failure: Exception | None = None
@@ -87,16 +94,6 @@ def _export(
             failure = failure or error
     assert failure is not None
     raise _trace_error(failure) from failure
-
-
-def _with_batch_of_two(example: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """With a batch of one the exporter would fix the batch to one."""
-    if batch >= 2:
-        return {key: value[:2] if value.dim() and value.shape[0] == batch else value for key, value in example.items()}
-    return {
-        key: value.repeat(2, *[1] * (value.dim() - 1)) if value.dim() and value.shape[0] == 1 else value
-        for key, value in example.items()
-    }
 
 
 def _trace_error(error: Exception) -> TraceError:
@@ -155,5 +152,3 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
 
-
-Tracer = Callable[..., Program]

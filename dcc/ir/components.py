@@ -33,12 +33,15 @@ class _Branch:
     result: Node  # the branch tensor, before its gate
 
 
-def find_components(order: list[Node]) -> list[Component]:
-    """Components among the step nodes `order` (in graph order), in topological order, disjoint and convex."""
+def find_components(order: list[Node], early: set[Node]) -> list[Component]:
+    """Components among the step nodes `order` (in graph order), in topological order, disjoint and convex.
+
+    `early` are tensors of earlier scopes: a stream may start there (the text half of a first joint block).
+    """
     inside = set(order)
     position = {node: index for index, node in enumerate(order)}
-    branches = _branches(order, inside)
-    groups = _merge([(branch, _between([branch], inside)) for branch in branches], inside)
+    branches = _branches(order, inside, inside | early)
+    groups = _merge([(branch, _between([branch], inside, early)) for branch in branches], inside, early)
     components = []
     for members, nodes in groups:
         results = sorted({branch.result for branch in members}, key=position.__getitem__)
@@ -49,19 +52,19 @@ def find_components(order: list[Node]) -> list[Component]:
     return sorted(components, key=lambda component: position[component.nodes[-1]])
 
 
-def _branches(order: list[Node], inside: set[Node]) -> list[_Branch]:
+def _branches(order: list[Node], inside: set[Node], known: set[Node]) -> list[_Branch]:
     accumulated: dict[Node, Node] = {}
     branches = []
     for node in order:
         if op_name(node) != "add" or len(node.args) < 2 or node.kwargs:
             continue
         left, right = node.args[:2]
-        if not (isinstance(left, Node) and isinstance(right, Node) and left in inside and right in inside):
+        if not (isinstance(left, Node) and isinstance(right, Node) and left in known and right in known):
             continue
         if shape_of(left) != shape_of(node) or shape_of(right) != shape_of(node):
             continue
         for stream, branch in ((left, right), (right, left)):
-            source = _source_of(stream, branch, inside, accumulated)
+            source = _source_of(stream, branch, known, accumulated) if branch in inside else None
             if source is not None:
                 accumulated[node] = stream
                 branches.append(_Branch(source, _before_gate(branch, inside)))
@@ -69,12 +72,12 @@ def _branches(order: list[Node], inside: set[Node]) -> list[_Branch]:
     return branches
 
 
-def _source_of(stream: Node, branch: Node, inside: set[Node], accumulated: dict[Node, Node]) -> Node | None:
+def _source_of(stream: Node, branch: Node, known: set[Node], accumulated: dict[Node, Node]) -> Node | None:
     """The nearest x under `stream` that `branch` is computed from by at least one contraction."""
-    above = ancestors([branch], inside)
+    above = ancestors([branch], known)
     current: Node | None = stream
     while current is not None:
-        current = _through_casts(current, inside)
+        current = _through_casts(current, known)
         if current in above and current is not branch:
             between = descendants([current], above)
             return current if any(is_contraction(node) for node in between) else None
@@ -98,12 +101,14 @@ def _before_gate(branch: Node, inside: set[Node]) -> Node:
     return branch
 
 
-def _between(branches: list[_Branch], inside: set[Node]) -> set[Node]:
+def _between(branches: list[_Branch], inside: set[Node], early: set[Node]) -> set[Node]:
     results = ancestors([branch.result for branch in branches], inside)
-    return descendants([branch.source for branch in branches], inside) & results
+    return descendants([branch.source for branch in branches], inside | early) & results
 
 
-def _merge(parts: list[tuple[_Branch, set[Node]]], inside: set[Node]) -> list[tuple[list[_Branch], set[Node]]]:
+def _merge(
+    parts: list[tuple[_Branch, set[Node]]], inside: set[Node], early: set[Node]
+) -> list[tuple[list[_Branch], set[Node]]]:
     """Branches that share a contraction are one component; sharing only cheap nodes (a norm) is not."""
     groups: list[tuple[list[_Branch], set[Node]]] = []
     for branch, nodes in parts:
@@ -112,7 +117,7 @@ def _merge(parts: list[tuple[_Branch, set[Node]]], inside: set[Node]) -> list[tu
             if any(is_contraction(node) for node in group[1] & union):
                 groups.remove(group)
                 members = group[0] + members
-                union = _between(members, inside)
+                union = _between(members, inside, early)
         groups.append((members, union))
     return groups
 

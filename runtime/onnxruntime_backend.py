@@ -1,0 +1,132 @@
+"""The ONNX Runtime CPU backend: the only file of the runtime that knows ONNX Runtime.
+
+Sessions own their thread pools, whose threads stop spinning when a run ends: the process burns nothing between
+calls, and other sessions of the host application are left alone (a global pool would make them raise). Sessions of
+one process share one memory arena, which is what makes many small engines nearly as fast as one. Weights are mapped
+from the artifact's own file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dcc.errors import ExecutionError
+from dcc.runtime.artifact import Artifact
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_arena_lock = threading.Lock()
+_arena_ready: bool | None = None
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExecutionError(
+            "ONNX Runtime is not installed", want="onnxruntime 1.30 or newer", next="pip install 'dcc[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _share_arena() -> bool:
+    """One CPU arena for all sessions that ask for it; registered once in a process, by us or by the host."""
+    global _arena_ready
+    with _arena_lock:
+        if _arena_ready is None:
+            ort = _onnxruntime()
+            memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+            try:
+                ort.create_and_register_allocator(memory, None)
+            except Exception:  # noqa: BLE001 - registered already: sessions use that one
+                pass
+            _arena_ready = True
+        return _arena_ready
+
+
+def default_threads() -> int:
+    """The processors that this process may use; 0 (ONNX Runtime's own choice) where it may use all of them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return 0 if allowed == os.cpu_count() else allowed
+
+
+class OnnxRuntimeBackend:
+    """Sessions for the engines of one artifact, made when first asked for."""
+
+    def __init__(self, artifact: Artifact, threads: int | None = None, low_memory: bool = False) -> None:
+        self._artifact = artifact
+        self._threads = default_threads() if threads is None else threads
+        self._low_memory = low_memory
+        self._sessions: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        _share_arena()
+
+    def session(self, engine: str) -> Any:
+        """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
+        with self._lock:
+            if engine not in self._sessions:
+                self._sessions[engine] = self._create(engine)
+            return self._sessions[engine]
+
+    def _create(self, engine: str) -> Any:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        entries = {
+            "session.intra_op.allow_spinning": "1",
+            "session.force_spinning_stop": "1",
+            "session.use_env_allocators": "1",
+            "session.model_external_initializers_file_folder_path": self._artifact.folder,
+        }
+        if self._low_memory:
+            entries["session.disable_prepacking"] = "1"
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        model = self._artifact.engine_model(engine)
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own family of types
+            raise ExecutionError(
+                "ONNX Runtime refuses an engine of the artifact", at=engine, got=str(error).splitlines()[0][:300],
+                want=f"a model for opset 23; this is onnxruntime {ort.__version__}",
+                next="upgrade onnxruntime, or compile the model again with this version",
+            ) from error  # fmt: skip
+
+    def bind(self, engine: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Binding:
+        """The engine reading and writing these arrays in place, each time it runs."""
+        return Binding(self.session(engine), engine, inputs, outputs)
+
+
+class Binding:
+    """One engine bound to preallocated arrays; they must stay contiguous and where they are."""
+
+    def __init__(self, session: Any, engine: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        ort = _onnxruntime()
+        self._session = session
+        self._engine = engine
+        self._binding = session.io_binding()
+        self._arrays = (*inputs.values(), *outputs.values())
+        for array in self._arrays:
+            # A copy would be bound silently, and its results lost.
+            if not array.flags.c_contiguous:
+                raise ExecutionError("an engine is bound to an array that is not contiguous", at=engine)
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in outputs.items():
+            self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def run(self) -> None:
+        """The outputs hold the engine's results for what the inputs hold now."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own family of types
+            raise ExecutionError(
+                "an engine failed", at=self._engine, got=str(error).splitlines()[0][:300]
+            ) from error
