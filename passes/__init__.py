@@ -21,6 +21,7 @@ from dcc.passes.drop_dead import DropDead
 from dcc.passes.fold_constants import FoldConstants
 from dcc.passes.hoist_scopes import HoistScopes
 from dcc.passes.share_common import ShareCommon
+from dcc.passes.split_rows import SplitRows
 
 
 class Pass(Protocol):
@@ -33,7 +34,9 @@ class Pass(Protocol):
 
 
 ALWAYS: tuple[Pass, ...] = (Canonicalize(), ShareCommon())
-EXACT: tuple[Pass, ...] = (FoldConstants(), ShareCommon(), DropDead(), BatchGuidance(), HoistScopes())
+EXACT: tuple[Pass, ...] = (
+    FoldConstants(), SplitRows(), FoldConstants(), ShareCommon(), DropDead(), BatchGuidance(), HoistScopes(),
+)  # fmt: skip
 CUT = CutStages()
 
 
@@ -51,5 +54,5 @@ def run_passes(program: Program, passes: tuple[Pass, ...]) -> list[PassReport]:
 
 __all__ = [
     "ALWAYS", "CUT", "EXACT", "BatchGuidance", "Canonicalize", "CutStages", "DropDead", "FoldConstants",
-    "HoistScopes", "Pass", "ShareCommon", "run_passes",
+    "HoistScopes", "Pass", "ShareCommon", "SplitRows", "run_passes",
 ]  # fmt: skip

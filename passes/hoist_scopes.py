@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from dcc.ir.dependence import label_scopes
 from dcc.ir.graph import (
     bytes_of,
     elements,
@@ -29,9 +30,8 @@ from dcc.ir.graph import (
     tensor_inputs,
 )
 from dcc.ir.ops import flops_of, is_contraction
-from dcc.ir.program import PassReport, Program, Role, Scope
+from dcc.ir.program import PassReport, Program, Scope
 
-LETTER = {Role.TIMESTEP: "t", Role.CONDITION: "c", Role.LATENT: "x"}
 BATCHED = (Scope.TIMESTEP, Scope.TABLE)
 # Operations whose result is larger than what they read: keep what they read instead.
 GROWING = frozenset({"expand", "repeat", "repeat_interleave", "cat", "add", "mul", "sub", "div"})
@@ -90,32 +90,6 @@ class HoistScopes:
         )
         figures |= {"parameters": left, "flops": flops, "total parameters": total, "total flops": everything}
         return PassReport(self.name, "applied", why, figures)
-
-
-def label_scopes(program: Program) -> dict[Node, Scope]:
-    """The earliest scope of every tensor-valued node, by the inputs that it depends on."""
-    roles = {item.name: LETTER[item.role] for item in program.inputs}
-    labels: dict[Node, frozenset[str]] = {}
-    scopes: dict[Node, Scope] = {}
-    for node in program.graph.nodes:
-        if node.op == "output" or is_scalar(node):
-            continue
-        if node.op == "placeholder":
-            labels[node] = frozenset(roles[node.name])
-        else:
-            labels[node] = frozenset().union(*(labels[source] for source in tensor_inputs(node)))
-        scopes[node] = _scope_of(labels[node])
-    return scopes
-
-
-def _scope_of(label: frozenset[str]) -> Scope:
-    if "x" in label:
-        return Scope.STEP
-    if not label:
-        return Scope.CONSTANT
-    if label == {"t"}:
-        return Scope.TIMESTEP
-    return Scope.REQUEST if label == {"c"} else Scope.TABLE
 
 
 def is_port(node: Node, scopes: dict[Node, Scope]) -> bool:

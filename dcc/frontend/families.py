@@ -36,7 +36,10 @@ class DiTAdapter(Adapter):
 
 
 class PixArtAdapter(Adapter):
-    """encoder_hidden_states: [B, L, D]; encoder_attention_mask: [B, L], 1 keeps; resolution: [B, 2]; aspect_ratio: [B, 1]."""
+    """encoder_hidden_states: [B, L, D]; encoder_attention_mask: [B, L], 1 keeps.
+
+    resolution: [B, 2]; aspect_ratio: [B, 1]; both only where the config has additional conditions.
+    """
 
     def forward(
         self,
@@ -61,7 +64,11 @@ class SD3Adapter(Adapter):
     """encoder_hidden_states: [B, L, D]; pooled_projections: [B, P]."""
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
     ) -> Tensor:
         return self.transformer(
             hidden_states,
@@ -73,7 +80,7 @@ class SD3Adapter(Adapter):
 
 
 class FluxAdapter(Adapter):
-    """hidden_states: [B, T, C] packed 2x2; img_ids: [T, 3]; txt_ids: [L, 3]; timestep in 0..1; guidance: [B]."""
+    """hidden_states: [B, T, C] packed 2x2; img_ids: [T, 3]; txt_ids: [L, 3]; timestep in 0..1."""
 
     def forward(
         self,
@@ -122,7 +129,7 @@ def _dit_inputs(config: Config) -> dict[str, Tensor]:
 
 def _pixart_inputs(config: Config) -> dict[str, Tensor]:
     size = config["sample_size"]
-    # PixArt-alpha was trained with 120 caption tokens, PixArt-sigma with 300; only alpha conditions on the size.
+    # PixArt-alpha was trained with 120 caption tokens, sigma with 300; only alpha conditions on the size.
     additional = config.get("use_additional_conditions")
     additional = size == 128 if additional is None else additional
     tokens = 120 if additional or size < 128 else 300
@@ -205,11 +212,13 @@ class Family:
     inputs: Callable[[Config], dict[str, Tensor]]
     # Null class by argument: the embedding's last row.
     null_classes: Callable[[Config], dict[str, int]] = field(default=_no_classes)
+    # Inputs that the model also runs without, differently.
+    optional: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
     "DiTTransformer2DModel": Family(DiTAdapter, _dit_inputs, _dit_classes),
-    "PixArtTransformer2DModel": Family(PixArtAdapter, _pixart_inputs),
+    "PixArtTransformer2DModel": Family(PixArtAdapter, _pixart_inputs, optional=("encoder_attention_mask",)),
     "SD3Transformer2DModel": Family(SD3Adapter, _sd3_inputs),
     "FluxTransformer2DModel": Family(FluxAdapter, _flux_inputs),
     "WanTransformer3DModel": Family(WanAdapter, _wan_inputs),
