@@ -52,6 +52,12 @@ def _drop(node: Node) -> bool:
     return True
 
 
+def _drop_unless_training(node: Node) -> bool:
+    """Dropout that is written with `training=True` draws in inference as well."""
+    _, probability, training = node.args
+    return (not training or probability == 0) and _drop(node)
+
+
 def _drop_assertion(node: Node) -> bool:
     node.graph.erase_node(node)
     return True
@@ -177,7 +183,8 @@ def _overwritten(node: Node) -> bool:
 
 
 RULES: dict[str, Callable[[Node], bool]] = {
-    "clone": _drop, "alias": _drop, "detach": _drop, "contiguous": _drop, "lift_fresh_copy": _drop, "dropout": _drop,
+    "clone": _drop, "alias": _drop, "detach": _drop, "contiguous": _drop, "lift_fresh_copy": _drop,
+    "dropout": _drop_unless_training,
     "_assert_tensor_metadata": _drop_assertion, "_assert_scalar": _drop_assertion,
     "sym_constrain_range_for_size": _drop_assertion,
     "_to_copy": _drop_unless_cast, "to": _drop_unless_cast,

@@ -47,9 +47,9 @@ class FoldConstants:
             weight.meta["val"] = node.meta["val"]
             replace(node, weight)
             folded, stored = folded + 1, stored + size
-        erase_dead(program.graph)
         if not folded:
             return PassReport(self.name, "declined", f"nothing to fold ({skipped} values too large to store)")
+        erase_dead(program.graph)
         return PassReport(self.name, "applied", f"{folded} values folded", {"values": folded, "bytes": stored})
 
 

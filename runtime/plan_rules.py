@@ -180,7 +180,8 @@ def check_order(plan: Plan) -> None:
 def _check_tensor(name: str, dtype: str, shape: Shape, symbols: Mapping[str, tuple[int, int]]) -> None:
     # The largest size of each dimension; 0 is a size that no tensor may have.
     sizes = [size if isinstance(size, int) else symbols.get(size, (0, 0))[1] for size in shape]
-    known = dtype in DTYPES and len(sizes) <= RANK_LIMIT and all(0 < size <= DIMENSION_LIMIT for size in sizes)
+    known = dtype in DTYPES and len(sizes) <= RANK_LIMIT
+    known &= all(0 < size <= DIMENSION_LIMIT for size in sizes)
     if not known or math.prod(sizes) > TENSOR_LIMIT:
         want = f"a known dtype; up to {RANK_LIMIT} dimensions, each a symbol or 1 to {DIMENSION_LIMIT}"
         raise broken("tensors-are-known", f"tensor {shown(name)}", type_text((dtype, shape)), want)

@@ -87,7 +87,7 @@ class SamplerTable:
         registers = _integer(entries["registers"], "sampler.registers", 1, MAXIMUM_REGISTERS)
         steps = _integer(entries["steps"], "sampler.steps", 1, MAXIMUM_CALLS)
         calls = _list(entries["calls"], "sampler.calls", 1, MAXIMUM_CALLS)
-        clip = entries["clip"]
+        clip, variance = entries["clip"], entries["variance"]
         table = SamplerTable(
             name=_text(entries["name"], "sampler.name"),
             scheduler=_text(entries["scheduler"], "sampler.scheduler"),
@@ -97,9 +97,7 @@ class SamplerTable:
             registers=registers,
             init_sigma=_number(entries["init_sigma"], "sampler.init_sigma"),
             clip=None if clip is None else _number(clip, "sampler.clip", 0.0),
-            variance=None
-            if entries["variance"] is None
-            else _choice(entries["variance"], "sampler.variance", VARIANCES),
+            variance=None if variance is None else _choice(variance, "sampler.variance", VARIANCES),
             calls=tuple(_call(call, f"sampler.calls[{i}]", registers, steps) for i, call in enumerate(calls)),
         )
         _check_consistent(table)
@@ -115,9 +113,7 @@ class Sampler:
 
     def __init__(self, table: SamplerTable, shape: tuple[int, ...]) -> None:
         if len(shape) < 2:
-            raise ExecutionError(
-                "a latent needs images and channels", got=shape, want="[images, channels, ...]"
-            )
+            raise ExecutionError("a latent needs images and channels", got=shape, want="[images, channels, ...]")
         self.table = table
         self.shape = tuple(shape)
         self._dtype = np.dtype(table.dtype)
@@ -140,7 +136,7 @@ class Sampler:
         self._next = 0
 
     def model_input(self, call: int) -> Array:
-        """Return the latent as the denoiser takes it at this call. Valid until the next `advance`."""
+        """Return the latent as the denoiser takes it at this call: read-only for the caller, until `advance`."""
         scale = self._expect(call).input_scale
         if scale == 1.0:
             return self._registers[0]
@@ -149,21 +145,18 @@ class Sampler:
     def advance(self, call: int, output: Array, draw_noise: DrawNoise) -> Array:
         """Update the registers with the denoiser's output and return the new latent.
 
-        `draw_noise(dtype)` is called as often as the original scheduler draws, also where the noise is
-        unused.
+        `draw_noise(dtype)` is called as often as the original scheduler draws, even if the noise is unused.
         """
         entry = self._expect(call)
         mean, variance = self._split(output)
         sources = [*self._registers, mean, self._clipped, self._scaled_noise]
         if entry.convert is not None and self.table.clip is not None:
-            self._combine((entry.convert), (self._registers[0], mean), self._clipped)
+            self._combine(entry.convert, (self._registers[0], mean), self._clipped)
             np.clip(self._clipped, -self.table.clip, self.table.clip, out=self._clipped)
         for _ in range(entry.draws):
             noise = np.asarray(draw_noise(entry.draw_dtype), self._dtype)
             self._check_shape(noise, "noise")
-            sources[-1] = (
-                noise if entry.variance is None else self._scale_noise(noise, variance, entry.variance)
-            )
+            sources[-1] = noise if entry.variance is None else self._scale_noise(noise, variance, entry.variance)
         self._update(entry.matrix, sources)
         self._next += 1
         return self._registers[0]
@@ -180,9 +173,7 @@ class Sampler:
             self._spare.append(self._registers[index])
             self._registers[index] = target
 
-    def _combine(
-        self, row: tuple[float, ...], sources: list[Array] | tuple[Array, ...], target: Array
-    ) -> Array:
+    def _combine(self, row: tuple[float, ...], sources: list[Array] | tuple[Array, ...], target: Array) -> Array:
         """`target = sum(row * sources)`; a source whose coefficient is 0 is not read."""
         started = False
         for coefficient, source in zip(row, sources, strict=True):
@@ -210,9 +201,7 @@ class Sampler:
         if self.table.variance == "range":
             np.exp(factor, out=factor)
         elif factor.min() < 0:
-            raise ExecutionError(
-                "the model predicts a negative variance", got=float(factor.min()), want="0 or more"
-            )
+            raise ExecutionError("the model predicts a negative variance", got=float(factor.min()), want="0 or more")
         else:
             np.sqrt(factor, out=factor)
         factor *= noise
@@ -239,9 +228,7 @@ class Sampler:
 
     def _check_shape(self, values: Array, what: str) -> None:
         if tuple(values.shape) != self.shape:
-            raise ExecutionError(
-                f"{what} does not have the latent's shape", got=values.shape, want=self.shape
-            )
+            raise ExecutionError(f"{what} does not have the latent's shape", got=values.shape, want=self.shape)
 
     def _empty(self) -> Array:
         return np.empty(self.shape, self._dtype)
@@ -280,9 +267,7 @@ def _check_consistent(table: SamplerTable) -> None:
 
 def _refuse(at: str, got: object, want: object) -> NoReturn:
     # A hostile value may be megabytes long, and Python refuses to print very long integers.
-    brief = (
-        f"a {type(got).__name__}" if isinstance(got, int | list | tuple | dict) else repr(got)[:MAXIMUM_TEXT]
-    )
+    brief = f"a {type(got).__name__}" if isinstance(got, int | list | tuple | dict) else repr(got)[:MAXIMUM_TEXT]
     raise ArtifactError("the sampler table is damaged", at=at, got=brief, want=want, next="compile it again")
 
 
@@ -308,9 +293,7 @@ def _integer(value: object, at: str, minimum: int, maximum: int) -> int:
     return value
 
 
-def _number(
-    value: object, at: str, minimum: float = -MAXIMUM_NUMBER, maximum: float = MAXIMUM_NUMBER
-) -> float:
+def _number(value: object, at: str, minimum: float = -MAXIMUM_NUMBER, maximum: float = MAXIMUM_NUMBER) -> float:
     # The comparison is false for NaN, and exact for integers that no float can hold.
     if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= maximum:
         _refuse(at, value, f"a number, {minimum:g} to {maximum:g}")

@@ -52,9 +52,7 @@ class Source:
 
     @property
     def variance(self) -> str | None:
-        return {"learned_range": "range", "learned": "direct"}.get(
-            str(self.scheduler.config.get("variance_type"))
-        )
+        return {"learned_range": "range", "learned": "direct"}.get(str(self.scheduler.config.get("variance_type")))
 
     @property
     def plain(self) -> bool:
@@ -80,9 +78,7 @@ class Source:
         calls = len(scheduler.timesteps)
         # Heun calls twice a step; PNDM once or nine times more than it has steps.
         if given and calls not in (self.steps, 2 * self.steps - 1, self.steps + 1, self.steps + 9):
-            self.refuse(
-                "makes another number of steps of these", got=f"{calls} calls", want=f"{self.steps} steps"
-            )
+            self.refuse("makes another number of steps of these", got=f"{calls} calls", want=f"{self.steps} steps")
         return scheduler
 
 
@@ -94,9 +90,7 @@ class Draws:
     count: int = 0
     dtype: torch.dtype | None = None
 
-    def __call__(
-        self, shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any
-    ) -> Any:
+    def __call__(self, shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Any:
         self.count += 1
         self.dtype = dtype or torch.float32
         return torch.from_numpy(self.noise).reshape(tuple(shape)).to(self.dtype, copy=True)

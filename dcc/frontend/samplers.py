@@ -65,9 +65,7 @@ SAMPLERS = (
     NamedSampler("ddpm", "DDPMScheduler", "ancestral; learned variance with variance_type="),
     NamedSampler("euler", "EulerDiscreteScheduler", "first order in sigma"),
     NamedSampler("euler-karras", "EulerDiscreteScheduler", "the same on Karras sigmas", KARRAS),
-    NamedSampler(
-        "euler-a", "EulerAncestralDiscreteScheduler", "Euler with fresh noise", {}, ("euler-ancestral",)
-    ),
+    NamedSampler("euler-a", "EulerAncestralDiscreteScheduler", "Euler with fresh noise", {}, ("euler-ancestral",)),
     NamedSampler(
         "flow-euler",
         FLOW_EULER,
@@ -75,12 +73,8 @@ SAMPLERS = (
         {},
         ("flow", "flow-match-euler", "rectified-flow"),
     ),
-    NamedSampler(
-        "flow-euler-sde", FLOW_EULER, "rectified flow with fresh noise", {"stochastic_sampling": True}
-    ),
-    NamedSampler(
-        "flow-heun", "FlowMatchHeunDiscreteScheduler", "rectified flow, second order, two calls a step"
-    ),
+    NamedSampler("flow-euler-sde", FLOW_EULER, "rectified flow with fresh noise", {"stochastic_sampling": True}),
+    NamedSampler("flow-heun", "FlowMatchHeunDiscreteScheduler", "rectified flow, second order, two calls a step"),
     NamedSampler("flow-lcm", "FlowMatchLCMScheduler", "rectified flow, consistency models"),
     NamedSampler("flow-dpm++2m", DPM, "rectified flow, second order, one call a step", FLOW),
     NamedSampler("flow-unipc", UNIPC, "rectified flow, predictor and corrector", FLOW),
@@ -90,9 +84,7 @@ SAMPLERS = (
     NamedSampler("dpm++2m-sde-karras", DPM, "with fresh noise on Karras sigmas", {**SDE, **KARRAS}),
     NamedSampler("dpm++3m", DPM, "third order multistep", {"solver_order": 3}),
     NamedSampler("dpm++3m-sde", DPM, "third order with fresh noise", {"solver_order": 3, **SDE}),
-    NamedSampler(
-        "dpm++2s", "DPMSolverSinglestepScheduler", "second order singlestep", {"lower_order_final": True}
-    ),
+    NamedSampler("dpm++2s", "DPMSolverSinglestepScheduler", "second order singlestep", {"lower_order_final": True}),
     NamedSampler("unipc", UNIPC, "predictor and corrector", {}, ("uni-pc",)),
     NamedSampler("deis", "DEISMultistepScheduler", "exponential integrator, second order"),
     NamedSampler("heun", "HeunDiscreteScheduler", "second order, two calls a step"),
@@ -131,7 +123,9 @@ def sampler_table(
     dtype: str = "float32",
     **options: Any,
 ) -> SamplerTable:
-    """Compile a sampler to a table that reproduced the original's whole loop to 1e-4 of the latent's range.
+    """Compile a sampler to a table that reproduced the original's whole loop.
+
+    Reproduced is: to 1e-4 of the latent's size in `dtype`, or to 1e-6 in float64.
 
     `source` is a name of `list_samplers()`, a diffusers scheduler or the name of its class, a configuration
     with `_class_name`, or the path of a scheduler_config.json or of a folder with one. `config` is a
@@ -142,9 +136,7 @@ def sampler_table(
     Raises UsageError for steps or options that do not exist, SamplerError for anything that is no table.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAXIMUM_CALLS // 2:
-        raise UsageError(
-            "steps is out of range", got=repr(steps), want=f"an integer from 1 to {MAXIMUM_CALLS // 2}"
-        )
+        raise UsageError("steps is out of range", got=repr(steps), want=f"an integer from 1 to {MAXIMUM_CALLS // 2}")
     if dtype not in DTYPES:
         raise UsageError("a sampler of this dtype does not exist", got=dtype, want=" or ".join(DTYPES))
     diffusers = _import_diffusers()
@@ -264,9 +256,7 @@ def _source(kind: Any, config: dict[str, Any], name: str, steps: int, options: d
     return Source(scheduler, name, steps, timesteps, step)
 
 
-def _route(
-    kind: Any, name: str, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _route(kind: Any, name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Divide options over the constructor, `set_timesteps` and `step`; one that none takes is an error."""
     targets = [_parameters(function) for function in (kind.__init__, kind.set_timesteps, kind.step)]
     routed: list[dict[str, Any]] = [{}, {}, {}]
@@ -305,11 +295,7 @@ def _normal(text: str) -> str:
 
 def _is_flow(config: Mapping[str, Any]) -> bool:
     flow_class = str(config.get("_class_name", "")).startswith("FlowMatch")
-    return (
-        flow_class
-        or bool(config.get("use_flow_sigmas"))
-        or config.get("prediction_type") == "flow_prediction"
-    )
+    return flow_class or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
 
 
 def _scheduler_class(diffusers: Any, name: str) -> Any:
