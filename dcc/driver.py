@@ -94,9 +94,7 @@ def compile(
     destination = Path(output)
     _check_destination(destination)
     with clock("loading the model"):
-        loaded = load_model(
-            model, arch=arch, trust_pickle=trust_pickle, example_inputs=example_inputs, roles=roles
-        )  # type: ignore[arg-type]
+        loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, example_inputs=example_inputs, roles=roles)  # type: ignore[arg-type]
     with clock("tabulating the sampler"):
         table = _sampler(loaded, sampler, steps, dict(sampler_options or {}))
     guide = _guidance(loaded, guidance, guidance_scale)
@@ -111,8 +109,8 @@ def compile(
         _fold_lora(program, lora)
         run_passes(program, pipeline(opt_level))
     recipe = {
-        "source": loaded.source, "target": target, "opt_level": opt_level, "steps": None if table is None else table.steps,
-        "sampler": None if table is None else table.name, "guidance": guide.mode, "guidance_scale": guide.scale,
+        "source": loaded.source, "target": target, "opt_level": opt_level,
+        "sampler": None if table is None else table.name, "steps": None if table is None else table.steps, "guidance": guide.mode, "guidance_scale": guide.scale,
         "lora": [list(item) for item in lora], "max_batch": max_batch, "granularity": granularity,
     }  # fmt: skip
     partial = destination.with_name(f".{os.getpid():x}.{destination.name[:60]}.partial")
@@ -201,7 +199,9 @@ def _check_destination(destination: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ExportError("the output folder cannot be written", at=folder, got=error, next="choose another -o") from error
+        raise ExportError(
+            "the output folder cannot be written", at=folder, got=error, next="choose another -o"
+        ) from error
 
 
 def _sampler(loaded: LoadedModel, sampler: Any, steps: int | None, options: dict[str, Any]) -> Any:
@@ -239,9 +239,7 @@ def _fold_lora(program: Program, lora: Sequence[tuple[str, float]]) -> None:
         program.reports.append(PassReport("fold-lora", "applied", why, figures))
 
 
-def _manifest(
-    program: Program, plan: Plan, digest: str, target: str, recipe: dict[str, Any]
-) -> dict[str, Any]:
+def _manifest(program: Program, plan: Plan, digest: str, target: str, recipe: dict[str, Any]) -> dict[str, Any]:
     import onnx
     import onnxruntime
 

@@ -175,14 +175,10 @@ class ArtifactWriter:
             for name, data in self._members.items()
         }
         try:
-            text = json.dumps(
-                value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
-            )
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
             return text.encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
-            raise self._refused(
-                "the manifest is not JSON", got=str(error), want="plain finite values"
-            ) from error
+            raise self._refused("the manifest is not JSON", got=str(error), want="plain finite values") from error
 
     def _check(self) -> None:
         """The reader accepts what was written; it must never be the user who finds out that it does not."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch.fx import Node
 
@@ -30,7 +29,7 @@ ONNX_TYPES = {
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Where weights lie: by (name, stored transposed) the entry of the artifact, and the file offset they count from."""
+    """Where weights lie: by (name, stored transposed), and the file offset that they count from."""
 
     specs: Mapping[tuple[str, bool], WeightSpec]
     base: int
@@ -95,15 +94,10 @@ def _external(spec: WeightSpec, base: int) -> TensorProto:
     tensor = TensorProto(name=spec.name, data_type=ONNX_TYPES[spec.dtype], dims=spec.shape)
     tensor.data_location = TensorProto.EXTERNAL
     entries = {
-        "location": EXTERNAL_LOCATION_PLACEHOLDER.decode()
-        if isinstance(EXTERNAL_LOCATION_PLACEHOLDER, bytes)
-        else EXTERNAL_LOCATION_PLACEHOLDER,
+        "location": EXTERNAL_LOCATION_PLACEHOLDER.decode(),
         "offset": str(base + spec.offset),
         "length": str(spec.nbytes),
     }
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
-
-
-__all__ = ["ONNX_TYPES", "StoredWeights", "compose", "onnx", "port_name", "port_spec"]

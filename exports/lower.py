@@ -163,16 +163,15 @@ def _step_calls(
     readers: dict[Node, int] = {}
     for index, group in enumerate(groups):
         for stage in group:
-            readers |= {node: index for node in stage.inputs}
-    calls, written = [], {}
+            readers |= dict.fromkeys(stage.inputs, index)
+    calls: list[Call] = []
+    written: dict[Node, int] = {}
     for index, group in enumerate(groups):
-        outputs = [
-            node for stage in group for node in stage.outputs if readers.get(node, -1) > index or node is final
-        ]
+        outputs = [node for stage in group for node in stage.outputs if readers.get(node, -1) > index or node is final]
         name = "step" if len(groups) == 1 else f"step.{index:03d}"
         inputs = _engine(lowering, name, "step", group, outputs)
         places = tuple(Ref("output", "output") if node is final else Ref("buffer", port_name(node)) for node in outputs)
-        written |= {node: index for node in outputs if node is not final}
+        written |= dict.fromkeys((node for node in outputs if node is not final), index)
         calls.append(Call(name, tuple(_ref(lowering, node) for node in inputs), places))
     return tuple(calls), assign_slots(written, readers)
 

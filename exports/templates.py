@@ -80,7 +80,9 @@ def _side_by_side(
             if node.op == "placeholder":
                 copies[node] = graph.placeholder(f"t{number}_{node.name}")
                 shape = shape_of(node)
-                inputs.append(torch.zeros([3 if size == BATCH else int(size) for size in shape], dtype=DTYPES[dtype_of(node)]))
+                inputs.append(
+                    torch.zeros([3 if size == BATCH else int(size) for size in shape], dtype=DTYPES[dtype_of(node)])
+                )
                 axes = {axis: batch for axis, size in enumerate(shape) if size == BATCH}
                 dynamic.append(axes or None)
         placed.append(copies)
@@ -109,7 +111,7 @@ def _export(
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET, verbose=False, input_names=names[0], output_names=names[1]
             )
-    except Exception as error:  # noqa: BLE001 - the exporter raises many types; every one means "no ONNX form"
+    except Exception as error:  # the exporter raises many types; every one means "no ONNX form"
         cause = error.__cause__ or error
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         raise ExportError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dcc.ir.graph import op_name, outputs_of, shape_of
+from dcc.ir.graph import argument, op_name, outputs_of, shape_of, source_of
 from dcc.ir.program import PassReport, Program
 from dcc.ir.rewrite import erase_dead, insert_before, replace
 
@@ -48,14 +48,14 @@ class Canonicalize:
 
 
 def _drop(node: Node) -> bool:
-    replace(node, node.args[0])  # type: ignore[arg-type]
+    replace(node, source_of(node))
     return True
 
 
 def _drop_unless_training(node: Node) -> bool:
     """Dropout that is written with `training=True` draws in inference as well."""
-    _, probability, training = node.args
-    return (not training or probability == 0) and _drop(node)
+    draws = bool(argument(node, 2)) and argument(node, 1) != 0
+    return not draws and _drop(node)
 
 
 def _drop_assertion(node: Node) -> bool:
@@ -141,32 +141,34 @@ def _type_as_to_cast(node: Node) -> bool:
 
 def _consecutive_slices(node: Node) -> bool:
     """`cat` of all consecutive slices of x is x (the text and image halves that single blocks split and rejoin)."""
-    parts = node.args[0]
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, Node) and op_name(part) == "slice" for part in parts):
+    parts, axis = node.args[0], argument(node, 1, node.kwargs.get("dim", 0))
+    if not isinstance(parts, list | tuple):
         return False
-    source = parts[0].args[0]
-    rank, position = len(shape_of(node)), 0
-    size = shape_of(source)[axis] if isinstance(source, Node) else None  # type: ignore[index]
-    for part in parts:
-        arguments = list(part.args[1:]) + [None] * (4 - len(part.args[1:]))
-        dim, start, end, step = arguments[0] or 0, arguments[1] or 0, arguments[2], arguments[3] or 1
-        if part.args[0] is not source or dim % rank != axis % rank or step != 1 or start != position:  # type: ignore[operator]
-            return False
-        if not isinstance(size, int) or not isinstance(end, int | None):
+    pieces = [part for part in parts if isinstance(part, Node) and op_name(part) == "slice"]
+    if len(pieces) != len(parts) or len({source_of(piece) for piece in pieces}) != 1:
+        return False
+    source, rank, position = source_of(pieces[0]), len(shape_of(node)), 0
+    size = shape_of(source)[axis]
+    if not isinstance(size, int):
+        return False
+    for piece in pieces:
+        dim, start, end, step = _slice_bounds(piece)
+        if dim % rank != axis % rank or step != 1 or start != position or not isinstance(end, int | None):
             return False
         position = size if end is None else min(end, size)
     if position != size:
         return False
-    replace(node, source)  # type: ignore[arg-type]
+    replace(node, source)
     return True
 
 
+def _slice_bounds(node: Node) -> tuple[Any, Any, Any, Any]:
+    return argument(node, 1) or 0, argument(node, 2) or 0, argument(node, 3), argument(node, 4) or 1
+
+
 def _slice_of_everything(node: Node) -> bool:
-    arguments = list(node.args[1:]) + [None] * (4 - len(node.args[1:]))
-    start, end, step = arguments[1] or 0, arguments[2], arguments[3] or 1
-    source = node.args[0]
-    if not isinstance(source, Node) or shape_of(source) != shape_of(node) or start != 0 or step != 1:
+    _, start, end, step = _slice_bounds(node)
+    if shape_of(source_of(node)) != shape_of(node) or start != 0 or step != 1:
         return False
     return _drop(node) if end is None or isinstance(end, int) else False
 

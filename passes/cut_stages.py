@@ -9,9 +9,9 @@ Numerics  bitwise equal.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch.fx import Node
 
@@ -70,10 +70,14 @@ class CutStages:
 def _parts(program: Program) -> list[tuple[str, list[Node]]]:
     parts = []
     for scope in EARLY:
-        nodes = [node for node in program.graph.nodes if program.scopes.get(node) is scope and node.op == "call_function"]
+        nodes = [
+            node for node in program.graph.nodes if program.scopes.get(node) is scope and node.op == "call_function"
+        ]
         if nodes:
             parts.append((str(scope), nodes))
-    step = [node for node in program.graph.nodes if program.scopes.get(node) is Scope.STEP and node.op == "call_function"]
+    step = [
+        node for node in program.graph.nodes if program.scopes.get(node) is Scope.STEP and node.op == "call_function"
+    ]
     early = {node for node, scope in program.scopes.items() if scope in EARLY and not is_weight(node)}
     return parts + chain(step, early)
 
@@ -123,13 +127,18 @@ def _executable(components: list[Component], step: list[Node]) -> list[Component
     return ordered
 
 
+def _common_path(paths: Sequence[str]) -> str:
+    """The longest run of leading names that all the dotted paths share."""
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False))
+    return ".".join(names[0] for names in shared)
+
+
 def _stage_name(kind: str, weights: Sequence[str], names: set[str]) -> str:
     """The common module path of the stage's weights, or its kind; made unique with a number."""
     base = kind
     if kind in ("component", "glue") and weights:
         owned = [weight.rsplit(".", 1)[0] for weight in weights if not weight.startswith("folded.")]
-        common = os.path.commonprefix([f"{path}." for path in owned]) if owned else ""
-        base = common.rpartition(".")[0] or kind
+        base = _common_path(owned) or kind
     name, count = base, 1
     while name in names:
         name, count = f"{base}.{count}", count + 1

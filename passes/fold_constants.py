@@ -10,6 +10,7 @@ Refuses   values whose size depends on the batch; random draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +71,10 @@ def _constant_nodes(program: Program) -> set[Node]:
 
 def _evaluate(node: Node, weights: dict[str, Tensor]) -> tuple[Tensor, int]:
     """The node's value and the bytes of the weights it was made from."""
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
     read: dict[str, int] = {}
 
-    def value_of(source: Node) -> object:
+    def value_of(source: Node) -> Any:
         if source not in values:
             if is_weight(source):
                 tensor = weights[str(source.target)]

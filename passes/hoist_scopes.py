@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -71,13 +72,14 @@ class HoistScopes:
         ):
             sized = [(bytes_of(node, 2) * calls, node) for node in ports if scopes[node] in kinds]
             if sum(size for size, _ in sized) > limit:
-                size, node = max(sized, key=lambda pair: pair[0])
+                # Of equal ports the one that the step alone reads: a port that a table reads takes the table along.
+                size, node = max(sized, key=lambda pair: (pair[0], _only_step_reads(pair[1], scopes)))
                 return node, f"{size >> 20} MiB over {calls} steps exceed the limit of {limit >> 20} MiB"
         return None
 
     def _report(self, program: Program, demoted: list[str]) -> PassReport:
         moved = scope_figures(program)
-        figures = {"scopes": moved, "kept in the step": demoted}
+        figures: dict[str, Any] = {"scopes": moved, "kept in the step": demoted}
         left = sum(row["parameters"] for scope, row in moved.items() if scope != Scope.STEP)
         total = sum(row["parameters"] for row in moved.values())
         flops = sum(row["flops"] for scope, row in moved.items() if scope != Scope.STEP)
@@ -104,10 +106,16 @@ def _readers(node: Node) -> Iterable[Node]:
     return (user for user in node.users if not is_scalar(user) and user.op != "output")
 
 
+def _only_step_reads(node: Node, scopes: dict[Node, Scope]) -> bool:
+    return all(scopes.get(user, Scope.STEP) is Scope.STEP for user in _readers(node))
+
+
 def _grows(node: Node, scopes: dict[Node, Scope]) -> bool:
     if op_name(node) not in GROWING or is_contraction(node):
         return False
-    sources = [source for source in tensor_inputs(node) if not is_weight(source) and scopes[source] is not Scope.CONSTANT]
+    sources = [
+        source for source in tensor_inputs(node) if not is_weight(source) and scopes[source] is not Scope.CONSTANT
+    ]
     fixed = [source for source in tensor_inputs(node) if source not in sources]
     if any(not is_tensor(source) for source in sources):
         return False
@@ -135,7 +143,7 @@ def scope_figures(program: Program) -> dict[str, dict[str, int]]:
     """Parameters, their bytes and the FLOPs of two rows, by scope; a weight counts where it is last read."""
     order = list(Scope)
     last: dict[str, Scope] = {}
-    flops = {scope: 0 for scope in order}
+    flops = dict.fromkeys(order, 0)
     for node, scope in program.scopes.items():
         flops[scope] += flops_of(node, 2)
         for source in node.all_input_nodes:

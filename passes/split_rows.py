@@ -14,8 +14,9 @@ Source    EasyControl, arXiv:2503.07027; the identity is checked numerically in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,13 +24,15 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dcc.ir.dependence import label_scopes, step_flops
-from dcc.ir.graph import BATCH, is_tensor, is_weight, op_name, shape_of, tensor_inputs
+from dcc.ir.graph import BATCH, argument, is_tensor, is_weight, op_name, shape_of, source_of, tensor_inputs
 from dcc.ir.ops import POINTWISE_BINARY
 from dcc.ir.program import PassReport, Program, Scope
 from dcc.ir.rewrite import erase_dead, insert_before
 
 aten = torch.ops.aten
-UNARY = frozenset({"gelu", "silu", "relu", "sigmoid", "tanh", "neg", "exp", "sin", "cos", "rsqrt", "sqrt", "_to_copy", "to"})
+UNARY = frozenset(
+    {"gelu", "silu", "relu", "sigmoid", "tanh", "neg", "exp", "sin", "cos", "rsqrt", "sqrt", "_to_copy", "to"}
+)
 BATCH_PRIME = 1_000_003  # stands for the batch in products of sizes; no real size is a multiple of it
 
 
@@ -56,8 +59,10 @@ class SplitRows:
         after = step_flops(program, label_scopes(program))
         if not count or after >= before:
             program.graph = original
-            why = "no rows of an earlier scope are concatenated with latent rows" if not count else (
-                "no token rows are isolated from the latent: splitting would save nothing"
+            why = (
+                "no rows of an earlier scope are concatenated with latent rows"
+                if not count
+                else ("no token rows are isolated from the latent: splitting would save nothing")
             )
             return PassReport(self.name, "declined", why)
         saved = 1 - after / before
@@ -112,8 +117,7 @@ class _Splitter:
         return rule(self, node) if rule is not None else None
 
     def _concatenated(self, node: Node) -> Rows | None:
-        parts = node.args[0]
-        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        parts, axis = node.args[0], argument(node, 1, node.kwargs.get("dim", 0))
         rank = len(shape_of(node))
         if not isinstance(parts, list | tuple) or not isinstance(axis, int) or not 0 < axis % rank < rank - 1:
             return None
@@ -140,19 +144,19 @@ class _Splitter:
     def _emit(self, node: Node, *args: Any) -> Node:
         return insert_before(node, node.target, *args, **node.kwargs)
 
-    def _each(self, node: Node) -> Rows | None:
-        rows = self.rows[node.args[0]]  # type: ignore[index]
+    def _each(self, node: Node) -> Rows:
+        rows = self.rows[source_of(node)]
         parts = tuple(self._emit(node, part, *node.args[1:]) for part in rows.parts)
         return Rows(rows.axis, parts, rows.sizes)
 
     def _linear(self, node: Node) -> Rows | None:
-        rows = self.rows.get(node.args[0])  # type: ignore[arg-type]
+        rows = self.rows.get(source_of(node))
         return self._each(node) if rows is not None and rows.axis < len(shape_of(node)) - 1 else None
 
     def _norm(self, node: Node) -> Rows | None:
-        rows = self.rows.get(node.args[0])  # type: ignore[arg-type]
+        rows = self.rows.get(source_of(node))
         rank = len(shape_of(node))
-        return self._each(node) if rows is not None and rows.axis < rank - len(node.args[1]) else None  # type: ignore[arg-type]
+        return self._each(node) if rows is not None and rows.axis < rank - len(argument(node, 1)) else None
 
     def _pointwise(self, node: Node) -> Rows | None:
         sides = list(node.args[:2])
@@ -181,19 +185,17 @@ class _Splitter:
         bounds = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
         return [
             insert_before(anchor, aten.slice.Tensor, source, len(shape) + from_end, low, high)
-            for low, high in zip(bounds, bounds[1:], strict=False)
+            for low, high in pairwise(bounds)
         ]
 
     def _reshape(self, node: Node) -> Rows | None:
-        rows = self.rows[node.args[0]]  # type: ignore[index]
-        old, new = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+        rows = self.rows[source_of(node)]
+        old, new = shape_of(source_of(node)), shape_of(node)
         before = _product(old[: rows.axis])
-        places = [
-            index for index, size in enumerate(new) if size == old[rows.axis] and _product(new[:index]) == before
-        ]
+        places = [index for index, size in enumerate(new) if size == old[rows.axis] and _product(new[:index]) == before]
         if not places:
             return None
-        sizes = list(node.args[1])  # type: ignore[arg-type]
+        sizes = list(argument(node, 1))
         parts = []
         for part, size in zip(rows.parts, rows.sizes, strict=True):
             target = [size if index == places[0] else value for index, value in enumerate(sizes)]
@@ -201,37 +203,34 @@ class _Splitter:
         return Rows(places[0], tuple(parts), rows.sizes)
 
     def _permute(self, node: Node) -> Rows | None:
-        order = [axis % len(shape_of(node)) for axis in node.args[1]]  # type: ignore[union-attr]
+        order = [axis % len(shape_of(node)) for axis in argument(node, 1)]
         rows = self._each(node)
-        return None if rows is None else Rows(order.index(rows.axis), rows.parts, rows.sizes)
+        return Rows(order.index(rows.axis), rows.parts, rows.sizes)
 
     def _transpose(self, node: Node) -> Rows | None:
         rank = len(shape_of(node))
-        first, second = (axis % rank for axis in node.args[1:3])  # type: ignore[operator]
+        first, second = argument(node, 1) % rank, argument(node, 2) % rank
         rows = self._each(node)
         swap = {first: second, second: first}
-        return None if rows is None else Rows(swap.get(rows.axis, rows.axis), rows.parts, rows.sizes)
+        return Rows(swap.get(rows.axis, rows.axis), rows.parts, rows.sizes)
 
     def _unsqueeze(self, node: Node) -> Rows | None:
-        at = node.args[1] % len(shape_of(node))  # type: ignore[operator]
+        at = argument(node, 1) % len(shape_of(node))
         rows = self._each(node)
-        return None if rows is None else Rows(rows.axis + (at <= rows.axis), rows.parts, rows.sizes)
+        return Rows(rows.axis + (at <= rows.axis), rows.parts, rows.sizes)
 
     def _pieces(self, node: Node) -> Rows | None:
         """`split`, `chunk` and `unbind`: along another axis each part is cut; along the rows see `_getitem`."""
-        rows = self.rows[node.args[0]]  # type: ignore[index]
-        rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
+        rows = self.rows[source_of(node)]
+        rank = len(shape_of(source_of(node)))
         if _axis_of_pieces(node) % rank == rows.axis:
             return rows
         return self._each(node)
 
     def _getitem(self, node: Node) -> Rows | None:
-        pieces, index = node.args
-        assert isinstance(pieces, Node) and isinstance(index, int)
+        pieces, index = source_of(node), argument(node, 1)
         rows = self.rows[pieces]
-        source = pieces.args[0]
-        assert isinstance(source, Node)
-        axis = _axis_of_pieces(pieces) % len(shape_of(source))
+        axis = _axis_of_pieces(pieces) % len(shape_of(source_of(pieces)))
         if axis != rows.axis:
             shift = 1 if op_name(pieces) == "unbind" and axis < rows.axis else 0
             parts = tuple(self._emit(node, part, index) for part in rows.parts)
@@ -242,10 +241,10 @@ class _Splitter:
         return _aligned(rows, sum(lengths[:index]), sum(lengths[: index + 1]))
 
     def _slice(self, node: Node) -> Rows | None:
-        rows = self.rows[node.args[0]]  # type: ignore[index]
-        arguments = list(node.args[1:]) + [None] * (4 - len(node.args[1:]))
-        axis, low, high, step = arguments[0] or 0, arguments[1] or 0, arguments[2], arguments[3] or 1
-        if axis % len(shape_of(node)) != rows.axis:  # type: ignore[operator]
+        rows = self.rows[source_of(node)]
+        axis, low = argument(node, 1) or 0, argument(node, 2) or 0
+        high, step = argument(node, 3), argument(node, 4) or 1
+        if axis % len(shape_of(node)) != rows.axis:
             return self._each(node)
         total = sum(rows.sizes)
         if step != 1 or not isinstance(low, int) or not isinstance(high, int | None):
@@ -255,17 +254,16 @@ class _Splitter:
         return _aligned(rows, low, high)
 
     def _attention(self, node: Node) -> Rows | None:
-        query, key, value = node.args[:3]
         rank = len(shape_of(node))
-        rows, keys, values = (self.rows.get(side) for side in (query, key, value))  # type: ignore[arg-type]
+        rows, keys, values = (self.rows.get(argument(node, index)) for index in range(3))
         if rows is None or rows.axis != rank - 2:
             return None
-        if keys is None or values is None or keys.axis != rank - 2 or (keys.axis, keys.sizes) != (values.axis, values.sizes):
+        if keys is None or values is None or keys.axis != rank - 2 or keys.sizes != values.sizes:
             return None
-        arguments = list(node.args[3:]) + [None] * (4 - len(node.args))
-        mask = arguments[0] if arguments else node.kwargs.get("attn_mask")
-        extra = [value for value in arguments[1:] if value not in (None, 0.0, False)]
-        if extra or node.kwargs.get("is_causal"):
+        if values.axis != keys.axis:
+            return None
+        mask = argument(node, 3, node.kwargs.get("attn_mask"))
+        if argument(node, 4) or argument(node, 5) or node.kwargs.get("is_causal") or node.kwargs.get("dropout_p"):
             return None
         allowed = self._allowed(mask, rows.sizes, keys.sizes)
         groups = self._query_groups(rows, allowed)
@@ -303,26 +301,33 @@ class _Splitter:
         """Neighbouring parts of the step that see the same keys stay one attention."""
         groups: list[tuple[int, int]] = []
         for index in range(len(rows.parts)):
-            step = self._scope(rows.parts[index]) is Scope.STEP
-            if groups and step and self._scope(rows.parts[index - 1]) is Scope.STEP and allowed[index] == allowed[index - 1]:
+            both = groups and all(self._scope(part) is Scope.STEP for part in rows.parts[index - 1 : index + 1])
+            if both and allowed[index] == allowed[index - 1]:
                 groups[-1] = (groups[-1][0], index + 1)
             else:
                 groups.append((index, index + 1))
         return groups
 
     def _attend(
-        self, node: Node, rows: Rows, keys: Rows, values: Rows, mask: Any, allowed: list[list[str]], first: int, last: int
-    ) -> Node:
+        self, node: Node, rows: Rows, keys: Rows, values: Rows, mask: Any,
+        allowed: list[list[str]], first: int, last: int,
+    ) -> Node:  # fmt: skip
         seen = [index for index, state in enumerate(allowed[first]) if state != "none"]
         picked = [self._joined(node, rows.axis, [side.parts[index] for index in seen]) for side in (keys, values)]
         query = self._joined(node, rows.axis, list(rows.parts[first:last]))
         part = None
         if mask is not None and any(allowed[first][index] != "all" for index in seen):
-            part = self._sliced(node, mask, -2, rows.sizes)[first] if last == first + 1 else mask
-            columns = self._sliced(node, part, -1, keys.sizes)
-            part = self._joined(node, len(shape_of(part)) - 1, [columns[index] for index in seen])
+            part = self._cut_mask(node, mask, -2, rows.sizes, range(first, last))
+            part = self._cut_mask(node, part, -1, keys.sizes, seen)
         options = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
         return insert_before(node, node.target, query, *picked, part, **options)
+
+    def _cut_mask(self, anchor: Node, mask: Node, from_end: int, sizes: tuple[int, ...], kept: Iterable[int]) -> Node:
+        """The mask for these parts of the queries or keys; a broadcast mask is good for all of them."""
+        if shape_of(mask)[from_end] == 1:
+            return mask
+        pieces = self._sliced(anchor, mask, from_end, sizes)
+        return self._joined(anchor, len(shape_of(mask)) + from_end, [pieces[index] for index in kept])
 
     def _joined(self, anchor: Node, axis: int, parts: list[Node]) -> Node:
         return parts[0] if len(parts) == 1 else insert_before(anchor, aten.cat.default, list(parts), axis)
@@ -334,10 +339,7 @@ def _product(sizes: tuple[Any, ...]) -> int:
 
 def _axis_of_pieces(node: Node) -> int:
     """The axis along which `unbind` (second argument) or `split` (third) cuts."""
-    position = 1 if op_name(node) == "unbind" else 2
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    assert isinstance(axis, int)
-    return axis
+    return int(argument(node, 1 if op_name(node) == "unbind" else 2, node.kwargs.get("dim", 0)))
 
 
 def _aligned(rows: Rows, low: int, high: int) -> Rows | None:

@@ -100,9 +100,7 @@ class Artifact:
     def open(cls, path: str | os.PathLike[str], check: Check = "auto") -> Artifact:
         """The artifact at `path`, checked; `Artifact.path` has symbolic links resolved."""
         if check not in get_args(Check):
-            raise UsageError(
-                "an artifact cannot be checked this way", got=check, want=", ".join(get_args(Check))
-            )
+            raise UsageError("an artifact cannot be checked this way", got=check, want=", ".join(get_args(Check)))
         real = _real_path(path)
         with _opened(real) as file:
             status = os.fstat(file.fileno())
@@ -165,23 +163,17 @@ class Artifact:
 
     def _member(self, name: str) -> Member:
         if name not in self._members:
-            raise _damaged(
-                "the artifact has no such member", at=shown(name), got=", ".join(sorted(self._members)[:20])
-            )
+            raise _damaged("the artifact has no such member", at=shown(name), got=", ".join(sorted(self._members)[:20]))
         return self._members[name]
 
     def _weight(self, name: str) -> WeightSpec:
         if name not in self._weights:
-            raise _damaged(
-                "the artifact has no such weight", at=shown(name), got=f"{len(self._weights)} others"
-            )
+            raise _damaged("the artifact has no such weight", at=shown(name), got=f"{len(self._weights)} others")
         return self._weights[name]
 
     def _engine(self, name: str) -> EngineSpec:
         if name not in self._engines:
-            raise _damaged(
-                "the artifact has no such engine", at=shown(name), got=f"{len(self._engines)} others"
-            )
+            raise _damaged("the artifact has no such engine", at=shown(name), got=f"{len(self._engines)} others")
         return self._engines[name]
 
     @contextmanager
@@ -209,9 +201,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
     try:
         # Looked at before it is opened: opening a pipe would wait for its other end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise _damaged(
-                "this is not a file", at=shown(path, 400), want="an artifact, as dcc compile writes it"
-            )
+            raise _damaged("this is not a file", at=shown(path, 400), want="an artifact, as dcc compile writes it")
         with Path(path).open("rb") as file:
             yield file
     except OSError as error:
@@ -244,9 +234,7 @@ def _check_table(members: dict[str, Member], table: dict[str, dict[str, Any]]) -
         if got != want:
             raise _damaged("the manifest and the file disagree about a member", at=name, got=got, want=want)
         if name != WEIGHTS_MEMBER and members[name].size > MEMBER_SIZE_LIMIT:
-            raise _damaged(
-                "a member is too large", at=name, got=got, want=f"at most {MEMBER_SIZE_LIMIT} bytes"
-            )
+            raise _damaged("a member is too large", at=name, got=got, want=f"at most {MEMBER_SIZE_LIMIT} bytes")
 
 
 def _check_bounds(plan: Plan, members: dict[str, Member]) -> None:

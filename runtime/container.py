@@ -129,9 +129,7 @@ def read_members(file: BinaryIO, file_size: int) -> dict[str, Member]:
     members = _parse_entries(tail[:size], count)
     _check_layout(members, start)
     if directory(members) != tail:
-        raise _damaged(
-            "the artifact's directory is not what dcc writes", want="one canonical central directory"
-        )
+        raise _damaged("the artifact's directory is not what dcc writes", want="one canonical central directory")
     for member in members:
         expected = local_header(member)
         file.seek(member.header)
@@ -184,21 +182,15 @@ def _parse_entries(data: bytes, count: int) -> list[Member]:
     position = 0
     for index in range(count):
         if position + _CENTRAL.size > len(data) or data[position : position + 4] != b"PK\1\2":
-            raise _damaged(
-                "the artifact's directory ends early", got=f"{index} members", want=f"{count} members"
-            )
+            raise _damaged("the artifact's directory ends early", got=f"{index} members", want=f"{count} members")
         fields = _CENTRAL.unpack_from(data, position)
         flags, method, crc, packed, size, name_size, extra_size = fields[3], fields[4], *fields[7:12]
         name_at = position + _CENTRAL.size
         name = data[name_at : name_at + name_size].decode("ascii", "backslashreplace")
         if not is_member_name(name):
-            raise _damaged(
-                "a member has a name that dcc never writes", at=shown(name), want="relative ASCII path"
-            )
+            raise _damaged("a member has a name that dcc never writes", at=shown(name), want="relative ASCII path")
         if flags or method or packed != size:
-            raise _damaged(
-                "a member is compressed or encrypted", at=name, got=f"method {method}, flags {flags:#x}"
-            )
+            raise _damaged("a member is compressed or encrypted", at=name, got=f"method {method}, flags {flags:#x}")
         extra = data[name_at + name_size : name_at + name_size + extra_size]
         size, header = _widen(size, fields[16], extra, name)
         members.append(Member(name, size, crc, header))
@@ -210,9 +202,7 @@ def _widen(size: int, header: int, extra: bytes, name: str) -> tuple[int, int]:
     """Size and header offset with their zip64 values put in."""
     wide = (2 if size == 0xFFFFFFFF else 0) + (1 if header == 0xFFFFFFFF else 0)
     if len(extra) != (4 + 8 * wide if wide else 0):
-        raise _damaged(
-            "a member has an extra field that dcc never writes", at=name, got=f"{len(extra)} bytes"
-        )
+        raise _damaged("a member has an extra field that dcc never writes", at=name, got=f"{len(extra)} bytes")
     values = list(struct.unpack(f"<{wide}Q", extra[4:]))
     if header == 0xFFFFFFFF:
         header = values.pop()

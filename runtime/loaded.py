@@ -1,7 +1,7 @@
 """A compiled denoiser, loaded: `sample` runs the whole loop, `denoise` one forward. No torch anywhere.
 
-    dit = dcc.runtime.load("model.dcc")
-    images = dit.sample(conditions={"y": [3, 7]}, guidance_scale=3.0, seed=0)      # [2, C, H, W] float32
+dit = dcc.runtime.load("model.dcc")
+images = dit.sample(conditions={"y": [3, 7]}, guidance_scale=3.0, seed=0)      # [2, C, H, W] float32
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def read_manifest(data: bytes) -> dict[str, Any]:
         _refuse("format", value["format"], FORMAT)
     wanted = {"format", "members", *FIELDS}
     if value.keys() != wanted:
-        _refuse(
-            "fields", ", ".join(sorted(value.keys() ^ wanted)[:8]), f"exactly {', '.join(sorted(wanted))}"
-        )
+        _refuse("fields", ", ".join(sorted(value.keys() ^ wanted)[:8]), f"exactly {', '.join(sorted(wanted))}")
     for field in ("name", "program_hash", "target"):
         _check_text(field, value[field])
     for field in ("sampler", "report", "recipe"):

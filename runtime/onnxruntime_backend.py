@@ -8,6 +8,7 @@ from the artifact's own file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Mapping
@@ -41,10 +42,9 @@ def _share_arena() -> bool:
         if _arena_ready is None:
             ort = _onnxruntime()
             memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-            try:
+            # Registered already, by the host application: sessions use that one.
+            with contextlib.suppress(Exception):
                 ort.create_and_register_allocator(memory, None)
-            except Exception:  # noqa: BLE001 - registered already: sessions use that one
-                pass
             _arena_ready = True
         return _arena_ready
 
@@ -92,7 +92,7 @@ class OnnxRuntimeBackend:
         model = self._artifact.engine_model(engine)
         try:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own family of types
+        except Exception as error:  # ONNX Runtime raises its own family of types
             raise ExecutionError(
                 "ONNX Runtime refuses an engine of the artifact", at=engine, got=str(error).splitlines()[0][:300],
                 want=f"a model for opset 23; this is onnxruntime {ort.__version__}",
@@ -126,7 +126,5 @@ class Binding:
         """The outputs hold the engine's results for what the inputs hold now."""
         try:
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own family of types
-            raise ExecutionError(
-                "an engine failed", at=self._engine, got=str(error).splitlines()[0][:300]
-            ) from error
+        except Exception as error:  # ONNX Runtime raises its own family of types
+            raise ExecutionError("an engine failed", at=self._engine, got=str(error).splitlines()[0][:300]) from error

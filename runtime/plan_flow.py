@@ -63,9 +63,7 @@ def check_bindings(plan: Plan) -> None:
             for ref in call.inputs:
                 if ref.kind == "input" and roles[ref.name] not in INPUT_ROLES[scope]:
                     got = f"{roles[ref.name]} input {shown(ref.name)}"
-                    raise broken(
-                        "ports-meet-their-values", at, got, f"{' or '.join(INPUT_ROLES[scope])} input"
-                    )
+                    raise broken("ports-meet-their-values", at, got, f"{' or '.join(INPUT_ROLES[scope])} input")
 
 
 def check_timesteps(plan: Plan) -> None:
@@ -73,11 +71,7 @@ def check_timesteps(plan: Plan) -> None:
     if not plan.order:
         return
     weights = {weight.name: weight for weight in plan.weights}
-    rows = {
-        entry.name: _constant_value(entry, weights[entry.weight])
-        for entry in plan.constants
-        if entry.per_call
-    }
+    rows = {entry.name: _constant_value(entry, weights[entry.weight]) for entry in plan.constants if entry.per_call}
     for port in plan.timestep_ports:
         got = rows.get(port.name)
         if got != (port.dtype, port.shape):
@@ -159,9 +153,7 @@ def _places(plan: Plan) -> dict[Ref, Value]:
         ("input", plan.inputs), ("timestep", plan.timestep_ports), ("request", plan.request_ports),
         ("table", plan.table_ports), ("buffer", plan.buffers),
     )  # fmt: skip
-    places = {
-        Ref(kind, entry.name): (entry.dtype, entry.shape) for kind, entries in tables for entry in entries
-    }
+    places = {Ref(kind, entry.name): (entry.dtype, entry.shape) for kind, entries in tables for entry in entries}
     for constant in plan.constants:
         if not constant.per_call:
             places[Ref("constant", constant.name)] = _constant_value(constant, weights[constant.weight])

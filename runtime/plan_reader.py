@@ -52,11 +52,7 @@ def _record_reader(kind: Any) -> Reader:
 
     def read(value: object, at: str) -> Any:
         if type(value) is not dict or value.keys() != readers.keys():
-            got = (
-                sorted(map(str, value.keys() ^ readers.keys()))[:8]
-                if isinstance(value, dict)
-                else [shown(value)]
-            )
+            got = sorted(map(str, value.keys() ^ readers.keys()))[:8] if isinstance(value, dict) else [shown(value)]
             raise _refused(at, shown(", ".join(got), 200), f"exactly {', '.join(readers)}")
         return kind(*[reader(value[name], f"{at}.{name}") for name, reader in readers.items()])
 

@@ -62,9 +62,7 @@ def check_names(plan: Plan) -> None:
     for table, entries in tables.items():
         _check_unique((entry.name for entry in entries), table)
     for engine in plan.engines:
-        _check_unique(
-            (port.name for port in engine.inputs + engine.outputs), f"ports of engine {shown(engine.name)}"
-        )
+        _check_unique((port.name for port in engine.inputs + engine.outputs), f"ports of engine {shown(engine.name)}")
         _check_unique(engine.weights, f"weights of engine {shown(engine.name)}")
 
 
@@ -111,9 +109,7 @@ def check_inputs(plan: Plan) -> None:
         bits = INTEGERS.get(entry.dtype)
         if bits is None:
             if entry.minimum is not None or entry.maximum is not None:
-                raise broken(
-                    "inputs-have-roles", shown(entry.name), f"bounds on {entry.dtype}", "bounds on integers"
-                )
+                raise broken("inputs-have-roles", shown(entry.name), f"bounds on {entry.dtype}", "bounds on integers")
             continue
         lowest, highest = (0 if entry.dtype == "uint8" else -(2**bits)), 2**bits - 1
         low = lowest if entry.minimum is None else entry.minimum
@@ -145,9 +141,7 @@ def check_constants(plan: Plan) -> None:
         at = f"constant {shown(constant.name)}"
         shape = shapes.get(constant.weight)
         if shape is None:
-            raise broken(
-                "constants-are-stored", at, f"no weight {shown(constant.weight)}", "a weight of the plan"
-            )
+            raise broken("constants-are-stored", at, f"no weight {shown(constant.weight)}", "a weight of the plan")
         if constant.per_call and shape[:1] != (len(plan.order),):
             raise broken("constants-are-stored", at, f"{shape}", f"{len(plan.order)} sampler calls first")
         if constant.rows and shape[constant.per_call :][:1] != (1,):

@@ -148,7 +148,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer: `forward(x, t, y)` predicts noise (and sigma), as its release does."""
+    """Class-conditional: `forward(x, t, y)` predicts the noise, and its variance where `learn_sigma` says so."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -160,9 +160,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         grid = config.input_size // config.patch_size
         self.pos_embed = nn.Parameter(sincos_position_embedding(width, grid), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -171,18 +169,14 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.bias, 0.0)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
-        for zeroed in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(zeroed.weight)
-            nn.init.zeros_(zeroed.bias)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif "adaLN_modulation" in name or name.startswith("final_layer.linear") or name == "x_embedder.proj.bias":
+                nn.init.zeros_(parameter)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """[B, T, P * P * C] to [B, C, H, W]."""

@@ -128,10 +128,13 @@ def _flatten(exported: ExportedProgram) -> tuple[Graph, dict[str, Tensor], list[
             raise TraceError(f"unsupported input of kind {spec.kind.name}", at=spec.arg.name)
     if exported.graph_signature.buffers_to_mutate:
         raise TraceError(
-            "the model changes its own buffers in forward", got=list(exported.graph_signature.buffers_to_mutate.values()),
+            "the model changes its own buffers in forward",
+            got=list(exported.graph_signature.buffers_to_mutate.values()),
             next="make forward a pure function of its inputs",
-        )  # fmt: skip
-    graph, copies, placeholders = Graph(), {}, []
+        )
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    placeholders: list[Node] = []
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in names:
             copy = graph.create_node("get_attr", names[node.name], name=node.name)
@@ -151,4 +154,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-

@@ -132,6 +132,18 @@ def op_name(node: Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def argument(node: Node, index: int, default: Any = None) -> Any:
+    """The positional argument, or `default` where the call leaves it out."""
+    return node.args[index] if index < len(node.args) else default
+
+
+def source_of(node: Node) -> Node:
+    """The node's first argument, which is a node."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
 def output_node(graph: Graph) -> Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from dcc.ir.program import Program
 
 def run_graph(program: Program, inputs: Mapping[str, Tensor]) -> Tensor:
     """The denoiser's output, node by node over the uncut graph."""
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "placeholder":
@@ -24,7 +25,7 @@ def run_graph(program: Program, inputs: Mapping[str, Tensor]) -> Tensor:
             elif node.op == "call_function":
                 args = torch.fx.map_arg(node.args, values.__getitem__)
                 kwargs = torch.fx.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
     result = values[outputs_of(program.graph)[0]]
     assert isinstance(result, Tensor)
     return result
@@ -32,9 +33,7 @@ def run_graph(program: Program, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def run_stages(program: Program, inputs: Mapping[str, Tensor]) -> Tensor:
     """The denoiser's output through the stages' templates: what the cut computes."""
-    values: dict[Node, Tensor] = {
-        node: inputs[node.name] for node in program.graph.nodes if node.op == "placeholder"
-    }
+    values: dict[Node, Tensor] = {node: inputs[node.name] for node in program.graph.nodes if node.op == "placeholder"}
     with torch.no_grad():
         for stage in program.stages:
             values.update(run_stage(program, stage.template, stage.inputs, stage.weights, stage.outputs, values))

@@ -11,7 +11,9 @@ from dcc.errors import VerifyError
 from dcc.ir.graph import is_scalar, is_tensor, is_weight, op_name, outputs_of, tensor_inputs
 from dcc.ir.program import Program, Scope
 
-NOT_CANONICAL = frozenset({"view", "_unsafe_view", "clone", "empty_like", "zeros_like", "ones_like", "full_like", "type_as"})
+NOT_CANONICAL = frozenset(
+    {"view", "_unsafe_view", "clone", "empty_like", "zeros_like", "ones_like", "full_like", "type_as"}
+)
 EARLIER = {
     Scope.CONSTANT: {Scope.CONSTANT},
     Scope.TIMESTEP: {Scope.CONSTANT, Scope.TIMESTEP},
@@ -31,7 +33,9 @@ def verify(program: Program, *, after: str = "trace", canonical: bool = False) -
     if canonical:
         for node in program.graph.nodes:
             if op_name(node) in NOT_CANONICAL:
-                raise _error("canonical-form", after, node, op_name(node), "reshape, and no copies or *_like operations")
+                raise _error(
+                    "canonical-form", after, node, op_name(node), "reshape, and no copies or *_like operations"
+                )
 
 
 Problem = tuple[Node | str, str, str] | None
@@ -133,7 +137,11 @@ def _templates_match(program: Program) -> Problem:
             return stage.name, f"no template {stage.template}", "an entry of Program.templates"
         ports = sum(node.op == "placeholder" for node in module.graph.nodes)
         if ports != len(stage.inputs) + len(stage.weights):
-            return stage.name, f"template takes {ports} tensors", f"{len(stage.inputs)} ports, {len(stage.weights)} weights"
+            return (
+                stage.name,
+                f"template takes {ports} tensors",
+                f"{len(stage.inputs)} ports, {len(stage.weights)} weights",
+            )
         if len(outputs_of(module.graph)) != len(stage.outputs):
             return stage.name, f"template returns {len(outputs_of(module.graph))}", f"{len(stage.outputs)} tensors"
     return None

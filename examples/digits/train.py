@@ -19,13 +19,27 @@ from torch.nn import functional as F
 from dcc.frontend.dit import DiT, DiTConfig
 
 CONFIG = DiTConfig(
-    input_size=IMAGE_SIZE, patch_size=2, in_channels=1, hidden_size=128, depth=8, num_heads=4,
-    mlp_ratio=4.0, num_classes=10, learn_sigma=False,
+    input_size=IMAGE_SIZE,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=128,
+    depth=8,
+    num_heads=4,
+    mlp_ratio=4.0,
+    num_classes=10,
+    learn_sigma=False,
 )
 SAMPLER = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02,
-    "beta_schedule": "linear", "clip_sample": False, "prediction_type": "epsilon",
-    "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading",
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "leading",
 }
 NULL_CLASS_RATE = 0.1
 
@@ -67,8 +81,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.peak, betas=(0.9, 0.99), weight_decay=0.01)
     alphas = torch.cumprod(1 - torch.linspace(SAMPLER["beta_start"], SAMPLER["beta_end"], 1000), 0)
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+    )
     order, running = torch.empty(0, dtype=torch.long), 1.0
     with Progress(*columns) as progress:
         task = progress.add_task("train", total=options.steps, loss=running)

@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all their set-up: a virtual environment, CPU torch, the extras.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= out
+MODEL := examples/digits/dit_digits.pt
+SHELL := /bin/bash
+
+.PHONY: demo test lint setup bench wheel clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compile,cpu,diffusers,examples,dev]'
+	touch $@
+
+demo: $(STAMP)
+	mkdir -p $(OUT)
+	$(BIN)/dcc compile $(MODEL) --target cpu --sampler ddim --steps 50 -o $(OUT)/digits.dcc
+	$(BIN)/dcc verify $(OUT)/digits.dcc --against $(MODEL)
+	$(BIN)/dcc run $(OUT)/digits.dcc -n 40 --seed 0 -o $(OUT)/digits.png
+	$(BIN)/dcc bench $(OUT)/digits.dcc --against $(MODEL) --baseline eager,compile,onnxruntime --batch 1,4 --calls 20
+	@echo "the picture is $(OUT)/digits.png, the artifact $(OUT)/digits.dcc"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p dcc
+
+test: $(STAMP) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/digits.py
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) $(OUT) dist build *.egg-info
