@@ -94,7 +94,7 @@ def _external(spec: WeightSpec, base: int) -> TensorProto:
     tensor = TensorProto(name=spec.name, data_type=ONNX_TYPES[spec.dtype], dims=spec.shape)
     tensor.data_location = TensorProto.EXTERNAL
     entries = {
-        "location": EXTERNAL_LOCATION_PLACEHOLDER.decode(),
+        "location": EXTERNAL_LOCATION_PLACEHOLDER,
         "offset": str(base + spec.offset),
         "length": str(spec.nbytes),
     }

@@ -46,11 +46,18 @@ class CutStages:
             self._add_stage(program, kind, nodes, outputs, constants, names)
         components = [stage for stage in program.stages if stage.kind == "component"]
         distinct = len({stage.template for stage in components})
-        total = sum(flops_of(node, 2) for stage in components for node in stage.nodes)
+        flops: dict[str, int] = {}
+        for stage in program.stages:
+            kind = stage.kind if stage.kind in EARLY else "step"
+            flops[kind] = flops.get(kind, 0) + sum(flops_of(node, 2) for node in stage.nodes)
         figures = {
-            "stages": len(program.stages), "components": len(components), "component templates": distinct,
-            "templates": len(program.templates), "component flops": total,
-        }  # fmt: skip
+            "stages": len(program.stages),
+            "components": len(components),
+            "component templates": distinct,
+            "templates": len(program.templates),
+            "component flops": sum(flops_of(node, 2) for stage in components for node in stage.nodes),
+            "flops": flops,
+        }
         if not components:
             return PassReport(self.name, "declined", "no residual branch found: the step is one stage", figures)
         why = f"{len(components)} components of {distinct} kinds, {len(program.templates)} templates in all"
