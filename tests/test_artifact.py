@@ -316,6 +316,20 @@ def test_interrupted_writer_leaves_the_old_file(example: Path, error: type[BaseE
     assert [path.name for path in example.parent.iterdir()] == ["model.dcc"]
 
 
+def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.dcc"
+    named_at_sync: list[bool] = []
+    sync = os.fsync
+
+    def watched(handle: int) -> None:
+        named_at_sync.append(path.exists())
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_example(path)
+    assert named_at_sync == [False, True]  # the file, then the folder that names it
+
+
 def test_unfinished_writer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="was not finished"), ArtifactWriter(tmp_path / "model.dcc"):
         pass

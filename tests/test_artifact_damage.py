@@ -296,6 +296,18 @@ def test_hostile_json(trial: Trial, text: bytes) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "extra",
+    ['"name": "example"', '"report": {"a": 1, "a": 1}', '"report": {"a": "\\ud800"}', '"report": {"\\udfff": 1}',
+     '"report": {"a": NaN}', '"report": {"a": 1e999}', '"report": {"a": 9223372036854775808}'],
+)  # fmt: skip
+def test_manifest_that_only_the_parser_can_refuse(trial: Trial, extra: str) -> None:
+    """All else in it is right, so what other JSON readers let through would be loaded."""
+    kept = {key: value for key, value in trial.manifest.items() if key != "report" or "report" not in extra}
+    text = json.dumps(kept)[:-1] + ", " + extra + "}"
+    trial.refused(with_manifest(trial, text.encode()), "the file holds JSON that cannot be read")
+
+
 def large_texts() -> Iterator[tuple[str, bytes, int]]:
     """Manifests at the limits of size and count, what is said of them, and how many bytes each may cost."""
     unreadable = "the manifest has a field that cannot be read"
@@ -431,7 +443,8 @@ def write(data: bytearray, offset: int, width: int, value: int) -> None:
     [b"../../../mix.onn", b"/etc/passwd.onnx", b"engines\\mix.onnx", b"engines/mix.onn\0",
      b"C:engine/mix.onx",
      b"engines//mix.onx", b"engines/./mix.on", b"engines/../m.onx",
-     b"engines/mix.onn/", b".ngines/mix.onnx", b"engines/mi\xc3\xa9.onn", b"engines/mi\xff.onnx", b"engines/mix.on\n\n"],
+     b"engines/mix.onn/", b".ngines/mix.onnx", b"engines/mi\xc3\xa9.onn", b"engines/mi\xff.onnx",
+     b"engines/mix.on\n\n"],
 )  # fmt: skip
 def test_hostile_member_name(trial: Trial, name: bytes) -> None:
     """The directory, the local header and the manifest agree on a name that could leave the folder."""

@@ -33,7 +33,7 @@ def test_fires(golden: Callable[[str], None]) -> None:
     program = s.program(s.graph_result)
     run_passes(program, (HoistScopes(), CUT))
     report = program.reports[-1]
-    assert (report.status, report.why) == ("applied", "2 components of 1 kinds, 3 templates in all")
+    assert (report.status, report.why) == ("applied", "2 components of 1 kinds, 4 templates in all")
     golden(program_text(program, costs=True))
 
 
