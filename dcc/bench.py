@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dcc.errors import Cancelled
+from dcc.errors import Cancelled, DccError
 
 if TYPE_CHECKING:
     from dcc.original import Forward, Original, Request
@@ -59,6 +59,8 @@ def alternate(
             timings[name].first_seconds = timed(generate)
             for _ in range(WARM_UPS):
                 generate()
+        except DccError:
+            raise
         except Exception as error:  # noqa: BLE001 - torch.compile and the exporter raise whatever they like
             timings[name].failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     names = [name for name in candidates if timings[name].failure is None]

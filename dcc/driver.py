@@ -124,7 +124,9 @@ def compile(
             error = check_forward(partial, program, loaded)
         partial.replace(destination)
     except OSError as failure:
-        raise ExportError("the artifact cannot be written", at=destination, got=failure) from failure
+        raise ExportError(
+            "the artifact cannot be written", at=destination, got=failure, next="free some space, or choose another -o"
+        ) from failure
     finally:
         partial.unlink(missing_ok=True)
     return CompileReport(

@@ -13,6 +13,7 @@ from dcc.errors import DccError
 Array = np.ndarray[Any, np.dtype[Any]]
 GAP = 2
 BACKGROUND = 255
+LEAST_SIDE = 64
 
 
 def picture_channels(channels: int) -> int:
@@ -26,6 +27,12 @@ def to_pixels(samples: Array, *, own_range: bool = False) -> Array:
     low, high = (float(shown.min()), float(shown.max())) if own_range else (-1.0, 1.0)
     scaled = (shown - low) / ((high - low) or 1.0)
     return np.rint(np.clip(scaled, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def enlarged(pixels: Array) -> Array:
+    """`[N, C, H, W]`; images too small to look at have each pixel repeated, by a whole factor."""
+    factor = max(1, LEAST_SIDE // max(pixels.shape[-2:]))
+    return pixels.repeat(factor, axis=-2).repeat(factor, axis=-1)
 
 
 def grid(pixels: Array) -> Array:

@@ -105,7 +105,7 @@ def _drop_if_one(node: Node) -> bool:
     return _drop(node)
 
 
-def _drop_full_expand(node: Node) -> bool:
+def _drop_same_shape(node: Node) -> bool:
     source = node.args[0]
     return isinstance(source, Node) and shape_of(source) == shape_of(node) and _drop(node)
 
@@ -191,7 +191,7 @@ RULES: dict[str, Callable[[Node], bool]] = {
     "sym_constrain_range_for_size": _drop_assertion,
     "_to_copy": _drop_unless_cast, "to": _drop_unless_cast,
     "view": _view_to_reshape, "_unsafe_view": _view_to_reshape, "reshape": _infer_size,
-    "div": _drop_if_one, "mul": _drop_if_one, "expand": _drop_full_expand,
+    "div": _drop_if_one, "mul": _drop_if_one, "expand": _drop_same_shape, "squeeze": _drop_same_shape,
     "zeros_like": _like_to_generator(0), "ones_like": _like_to_generator(1), "empty_like": _like_to_generator(0),
     "full_like": _like_to_generator(None), "type_as": _type_as_to_cast,
     "cat": _consecutive_slices, "slice": _slice_of_everything, "copy": _overwritten,

@@ -119,7 +119,7 @@ class LoadedArtifact:
         rows = count * (2 if guided else 1)
         self._check_rows(rows, count)
         shape = (count, *(int(size) for size in self.latent.shape[1:]))
-        source = Noise(seed if isinstance(seed, int) else list(seed), count)
+        source = Noise(seed if isinstance(seed, int | np.integer) else list(seed), count)
         start = source.draw(shape[1:]) if noise is None else self._given_noise(noise, shape)
         values = self._condition_rows(conditions or {}, negative_conditions, count, guided)
         with self._request():
@@ -229,7 +229,7 @@ class LoadedArtifact:
                     counts[item.name] = array.shape[0]
         if not isinstance(seed, int | np.integer):
             counts["seed"] = len(seed)
-        if noise is not None:
+        if noise is not None and np.ndim(noise):
             counts["noise"] = np.asarray(noise).shape[0]
         if len(set(counts.values())) > 1:
             raise UsageError("the request disagrees about the number of images", got=counts)

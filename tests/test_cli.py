@@ -434,9 +434,7 @@ def test_unexpected_error_is_called_a_bug(dcc: Run, artifact: Path, monkeypatch:
     assert "Traceback" in dcc("run", artifact).err
 
 
-def test_interrupted_while_sampling(
-    dcc: Run, artifact: Path, unchanged: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_while_sampling(dcc: Run, artifact: Path, unchanged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -448,7 +446,17 @@ def test_interrupted_while_sampling(
 
 @pytest.mark.parametrize("stage", ["importing torch", "tracing", "lowering"])
 def test_control_c_while_compiling(checkpoint: Path, unchanged: Path, stage: str) -> None:
-    command = [sys.executable, "-m", "dcc.cli", "compile", str(checkpoint), "-o", str(unchanged / "a.dcc"), "--steps", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "dcc.cli",
+        "compile",
+        str(checkpoint),
+        "-o",
+        str(unchanged / "a.dcc"),
+        "--steps",
+        "2",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stdout is not None
         lines = []
