@@ -11,27 +11,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import dcc
+from dcc.cost_model.targets import target_named
 from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import GRANULARITIES, lower
 from dcc.frontend.load import LoadedModel, load_model
 from dcc.frontend.lora import apply_lora
-from dcc.frontend.samplers import sampler_table
+from dcc.frontend.samplers import sampler_table, with_timesteps_scaled
 from dcc.frontend.trace import trace
 from dcc.ir.program import Guidance, PassReport, Program, Role, Scope
 from dcc.ir.text import program_text
 from dcc.passes import ALWAYS, CUT, EXACT, Pass, run_passes
+from dcc.quality import difference
 from dcc.runtime.loaded import load
 from dcc.runtime.plan import Plan
 from dcc.tolerances import TOLERANCE
 
-TARGETS = ("cpu",)
 OPT_LEVELS = (0, 1)
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 3.0
@@ -110,8 +110,13 @@ def compile(
         run_passes(program, pipeline(opt_level))
     recipe = {
         "source": loaded.source, "target": target, "opt_level": opt_level,
-        "sampler": None if table is None else table.name, "steps": None if table is None else table.steps, "guidance": guide.mode, "guidance_scale": guide.scale,
-        "lora": [list(item) for item in lora], "max_batch": max_batch, "granularity": granularity,
+        "sampler": None if table is None else table.name, "steps": None if table is None else table.steps,
+        "sampler_options": {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in (sampler_options or {}).items()
+        },
+        "guidance": guide.mode, "guidance_scale": guide.scale, "lora": [list(item) for item in lora],
+        "max_batch": max_batch, "granularity": granularity,
     }  # fmt: skip
     partial = destination.with_name(f".{os.getpid():x}.{destination.name[:60]}.partial")
     try:
@@ -177,8 +182,7 @@ class _Clock:
 
 
 def _check_options(target: str, opt_level: int, granularity: str, max_batch: int, guidance: str) -> None:
-    if target not in TARGETS:
-        raise UsageError(f"unknown target '{target}'", want=", ".join(TARGETS), next="dcc targets")
+    target_named(target)
     if opt_level not in OPT_LEVELS:
         raise UsageError(f"unknown optimisation level {opt_level}", want="0 (trace and lower) or 1 (exact passes)")
     if granularity not in GRANULARITIES:
@@ -217,7 +221,8 @@ def _sampler(loaded: LoadedModel, sampler: Any, steps: int | None, options: dict
         sampler = loaded.sampler_config
     named = isinstance(sampler, str) and not Path(sampler).exists()
     config = loaded.sampler_config if named else None
-    return sampler_table(sampler, steps=DEFAULT_STEPS if steps is None else steps, config=config, **options)
+    table = sampler_table(sampler, steps=DEFAULT_STEPS if steps is None else steps, config=config, **options)
+    return with_timesteps_scaled(table, loaded.timestep_scale)
 
 
 def _guidance(loaded: LoadedModel, mode: str, scale: float) -> Guidance:
@@ -301,17 +306,11 @@ def check_forward(path: Path, program: Program, loaded: LoadedModel) -> float:
         got = artifact.denoise(**{name: value.numpy() for name, value in inputs.items()})
     except DccError as error:
         raise ExportError("the artifact does not run", got=error, next="report this model's architecture") from error
-    error = relative_difference(got, wanted)
+    gap = difference(got, wanted)
     limit = TOLERANCE["float32"].forward
-    if not error <= limit:
+    if not gap <= limit:
         raise ExportError(
-            "the artifact does not compute what the model computes", got=f"{error:.2e} of the output's range",
+            "the artifact does not compute what the model computes", got=f"{gap:.2e} of the output's range",
             want=f"at most {limit:.0e}", next="try -O0, and report the model's architecture",
         )  # fmt: skip
-    return error
-
-
-def relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest absolute difference over the range of `wanted`."""
-    span = float(wanted.max() - wanted.min()) or 1.0
-    return float(np.abs(got.astype(np.float64) - wanted.astype(np.float64)).max()) / span
+    return gap

@@ -51,10 +51,10 @@ class Original:
         return output
 
     def timesteps(self, value: float, rows: int) -> Tensor:
-        """The timestep input with the same value in every row."""
+        """The timestep input with the scheduler's `value` in every row, as the denoiser counts."""
         example = self.loaded.example_inputs[self.timestep]
         shape = example.shape if self.timestep in self.loaded.unbatched else (rows, *example.shape[1:])
-        return torch.full(shape, value, dtype=example.dtype)
+        return torch.full(shape, value * self.loaded.timestep_scale, dtype=example.dtype)
 
     def sample(
         self, request: Request, *, forward: Forward | None = None, calls: int | None = None, told: Told = lambda _: None
@@ -146,7 +146,8 @@ def _scheduler(
     diffusers = samplers._import_diffusers()
     with samplers._quiet():
         found = samplers._find(diffusers, source, int(table["steps"]), config, options)
-        if not _same_table(probe(found, table["dtype"]).to_json(), table):
+        probed = samplers.with_timesteps_scaled(probe(found, table["dtype"]), loaded.timestep_scale)
+        if not _same_table(probed.to_json(), table):
             raise UsageError(
                 "the artifact's sampler cannot be rebuilt from its name and the model's configuration",
                 got=f"another table for {table['name']}, {table['steps']} steps",

@@ -60,7 +60,7 @@ def compose(
         names |= dict(zip(template.outputs, map(port_name, stage.outputs), strict=True))
         for index, (weight, local) in enumerate(zip(stage.weights, template.weights, strict=True)):
             spec = stored.specs[weight, index in template.transposed]
-            names[local] = spec.name
+            names[local] = _weight_name(spec)
             used[spec.name] = spec
         prefix = f"s{number}/"
         for tensor in template.initializers:
@@ -90,8 +90,13 @@ def _renamed(node: NodeProto, prefix: str, names: Mapping[str, str], stage: str)
     return copy
 
 
+def _weight_name(spec: WeightSpec) -> str:
+    """No port and no inner value has this name: a parameter at the root of a module may be called like an input."""
+    return f"w/{spec.name}"
+
+
 def _external(spec: WeightSpec, base: int) -> TensorProto:
-    tensor = TensorProto(name=spec.name, data_type=ONNX_TYPES[spec.dtype], dims=spec.shape)
+    tensor = TensorProto(name=_weight_name(spec), data_type=ONNX_TYPES[spec.dtype], dims=spec.shape)
     tensor.data_location = TensorProto.EXTERNAL
     entries = {
         "location": EXTERNAL_LOCATION_PLACEHOLDER,

@@ -23,6 +23,7 @@ from onnx import NodeProto, TensorProto
 from torch.fx import Graph, GraphModule, Node
 
 from dcc.errors import ExportError
+from dcc.exports.attention_layout import attend_unsplit, known_sizes
 from dcc.ir.graph import BATCH, DTYPES, dtype_of, outputs_of, shape_of
 
 OPSET = 23
@@ -51,12 +52,15 @@ def export_templates(templates: Mapping[str, GraphModule]) -> dict[str, OnnxTemp
     producers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     order = {id(node): index for index, node in enumerate(model.graph.node)}
+    sizes = known_sizes([*model.graph.value_info, *model.graph.input, *model.graph.output])
     found = {}
     for number, (key, module) in enumerate(templates.items()):
         kinds = [node.name[0] for node in module.graph.nodes if node.op == "placeholder"]
         tensors = [f"t{number}_{node.name}" for node in module.graph.nodes if node.op == "placeholder"]
         outputs = [f"t{number}_o{index}" for index in range(len(outputs_of(module.graph)))]
-        nodes, initializers = _slice(outputs, producers, constants, order)
+        nodes = attend_unsplit(_slice(outputs, producers, order), outputs, constants, sizes)
+        read = {name for node in nodes for name in node.input}
+        initializers = [tensor for name, tensor in constants.items() if name in read]
         ports = tuple(name for name, kind in zip(tensors, kinds, strict=True) if kind == "p")
         weights = [name for name, kind in zip(tensors, kinds, strict=True) if kind == "w"]
         nodes, transposed = _store_transposed(nodes, weights, outputs)
@@ -135,25 +139,16 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _slice(
-    outputs: list[str],
-    producers: Mapping[str, NodeProto],
-    constants: Mapping[str, TensorProto],
-    order: Mapping[int, int],
-) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The nodes and constants that the outputs depend on, in the model's order."""
+def _slice(outputs: list[str], producers: Mapping[str, NodeProto], order: Mapping[int, int]) -> list[NodeProto]:
+    """The nodes that the outputs depend on, in the model's order."""
     nodes: dict[int, NodeProto] = {}
-    used: dict[str, TensorProto] = {}
     stack = list(outputs)
     while stack:
-        name = stack.pop()
-        if name in constants:
-            used[name] = constants[name]
-        elif name in producers and id(producers[name]) not in nodes:
-            node = producers[name]
+        node = producers.get(stack.pop())
+        if node is not None and id(node) not in nodes:
             nodes[id(node)] = node
             stack += [source for source in node.input if source]
-    return [nodes[key] for key in sorted(nodes, key=order.__getitem__)], list(used.values())
+    return [nodes[key] for key in sorted(nodes, key=order.__getitem__)]
 
 
 def _store_transposed(

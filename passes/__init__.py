@@ -22,6 +22,7 @@ from dcc.passes.fold_constants import FoldConstants
 from dcc.passes.hoist_scopes import HoistScopes
 from dcc.passes.share_common import ShareCommon
 from dcc.passes.split_rows import SplitRows
+from dcc.passes.unpack_projections import UnpackProjections
 
 
 class Pass(Protocol):
@@ -35,8 +36,15 @@ class Pass(Protocol):
 
 ALWAYS: tuple[Pass, ...] = (Canonicalize(), ShareCommon())
 EXACT: tuple[Pass, ...] = (
-    FoldConstants(), SplitRows(), FoldConstants(), ShareCommon(), DropDead(), BatchGuidance(), HoistScopes(),
-)  # fmt: skip
+    FoldConstants(),
+    UnpackProjections(),
+    SplitRows(),
+    FoldConstants(),
+    ShareCommon(),
+    DropDead(),
+    BatchGuidance(),
+    HoistScopes(),
+)
 CUT = CutStages()
 
 
@@ -54,5 +62,5 @@ def run_passes(program: Program, passes: tuple[Pass, ...]) -> list[PassReport]:
 
 __all__ = [
     "ALWAYS", "CUT", "EXACT", "BatchGuidance", "Canonicalize", "CutStages", "DropDead", "FoldConstants",
-    "HoistScopes", "Pass", "ShareCommon", "SplitRows", "run_passes",
+    "HoistScopes", "Pass", "ShareCommon", "SplitRows", "UnpackProjections", "run_passes",
 ]  # fmt: skip

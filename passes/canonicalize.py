@@ -1,8 +1,8 @@
 """One spelling for every operation, so that equal blocks look equal and ports may be contiguous.
 
 `view` becomes `reshape` (ports are contiguous after a cut, traced values need not be), `clone`, no-op casts and
-multiplications by one go, `*_like` and `type_as` lose their false dependence, sizes that a reshape can infer become
--1, assertions on metadata go, and the aliases of commutative operations are ordered.
+multiplications by one go, `*_like` and `type_as` lose their false dependence, sizes are read from an input or, where a
+reshape can infer them, become -1, assertions on metadata go, and the aliases of commutative operations are ordered.
 
 Numerics  bitwise equal.
 Source    rules measured on seven families, docs/design.md section 2.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dcc.ir.graph import argument, op_name, outputs_of, shape_of, source_of
+from dcc.ir.graph import BATCH, argument, op_name, outputs_of, shape_of, source_of
 from dcc.ir.program import PassReport, Program
 from dcc.ir.rewrite import erase_dead, insert_before, replace
 
@@ -76,6 +76,19 @@ def _view_to_reshape(node: Node) -> bool:
     new.meta["val"] = node.meta["val"]
     replace(node, new)
     return True
+
+
+def _size_of_an_input(node: Node) -> bool:
+    """The batch is read from an input: a value is never computed for the sake of its size."""
+    source, axis = node.args
+    assert isinstance(source, Node) and isinstance(axis, int)
+    if source.op == "placeholder" or shape_of(source)[axis] != BATCH:
+        return False
+    for candidate in node.graph.nodes:
+        if candidate.op == "placeholder" and BATCH in shape_of(candidate):
+            node.args = (candidate, shape_of(candidate).index(BATCH))
+            return True
+    return False
 
 
 def _infer_size(node: Node) -> bool:
@@ -192,6 +205,7 @@ RULES: dict[str, Callable[[Node], bool]] = {
     "_to_copy": _drop_unless_cast, "to": _drop_unless_cast,
     "view": _view_to_reshape, "_unsafe_view": _view_to_reshape, "reshape": _infer_size,
     "div": _drop_if_one, "mul": _drop_if_one, "expand": _drop_same_shape, "squeeze": _drop_same_shape,
+    "sym_size": _size_of_an_input,
     "zeros_like": _like_to_generator(0), "ones_like": _like_to_generator(1), "empty_like": _like_to_generator(0),
     "full_like": _like_to_generator(None), "type_as": _type_as_to_cast,
     "cat": _consecutive_slices, "slice": _slice_of_everything, "copy": _overwritten,

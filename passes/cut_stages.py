@@ -5,6 +5,7 @@ node comes after the last component that it depends on, so the chain is always e
 
 Shapes    ports are contiguous tensors; a component's outputs are its branch tensors and nothing else.
 Numerics  bitwise equal.
+Refuses   a step in which a value between components has another size than the batch in front (`[B * heads, ...]`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from torch.fx import Node
 
 from dcc.ir.components import Component, find_components
 from dcc.ir.extract import boundary_outputs, cut
-from dcc.ir.graph import ancestors, is_weight, outputs_of, tensor_inputs
+from dcc.ir.graph import (
+    ancestors,
+    dtype_of,
+    has_rows,
+    is_static,
+    is_weight,
+    outputs_of,
+    shape_of,
+    tensor_inputs,
+    type_text,
+)
 from dcc.ir.ops import flops_of
 from dcc.ir.program import PassReport, Program, Scope, Stage
 
@@ -38,7 +49,8 @@ class CutStages:
         constants = {node for node, scope in program.scopes.items() if scope is Scope.CONSTANT and not is_weight(node)}
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         names: set[str] = set()
-        for kind, nodes in _parts(program):
+        parts, obstacle = _parts(program)
+        for kind, nodes in parts:
             outputs = sorted(boundary_outputs(nodes), key=order.__getitem__)
             outputs += [node for node in final if node in nodes and node not in outputs]
             if not outputs:
@@ -59,7 +71,8 @@ class CutStages:
             "flops": flops,
         }
         if not components:
-            return PassReport(self.name, "declined", "no residual branch found: the step is one stage", figures)
+            why = f"{obstacle or 'no residual branch found'}: the step is one stage"
+            return PassReport(self.name, "declined", why, figures)
         why = f"{len(components)} components of {distinct} kinds, {len(program.templates)} templates in all"
         return PassReport(self.name, "applied", why, figures)
 
@@ -74,7 +87,8 @@ class CutStages:
         program.stages.append(stage)
 
 
-def _parts(program: Program) -> list[tuple[str, list[Node]]]:
+def _parts(program: Program) -> tuple[list[tuple[str, list[Node]]], str | None]:
+    """The stages' nodes in order, and why the step could not be cut."""
     parts = []
     for scope in EARLY:
         nodes = [
@@ -86,7 +100,12 @@ def _parts(program: Program) -> list[tuple[str, list[Node]]]:
         node for node in program.graph.nodes if program.scopes.get(node) is Scope.STEP and node.op == "call_function"
     ]
     early = {node for node, scope in program.scopes.items() if scope in EARLY and not is_weight(node)}
-    return parts + chain(step, early)
+    links = chain(step, early)
+    for node in (node for _, nodes in links for node in boundary_outputs(nodes)):
+        shape = shape_of(node)
+        if not is_static(shape) and not has_rows(shape):
+            return [*parts, ("glue", step)], f"{type_text(dtype_of(node), shape)} between components cannot be a port"
+    return parts + links, None
 
 
 def chain(step: list[Node], early: set[Node]) -> list[tuple[str, list[Node]]]:

@@ -5,14 +5,15 @@ values of the condition alone are computed once per generation, values of both o
 steps. Sizes are not dependences. A port that would break the batching over steps, or that costs more to keep than
 `table_limit_bytes` / `request_limit_bytes` allow, stays in the step together with what reads it.
 
-Shapes    timestep, table: ports are [B, ...] with the batch leading and nowhere else, or they are not hoisted.
+Shapes    timestep, table: ports are [B, ...] with the batch leading and nowhere else, or they are not hoisted;
+          request: the same, or static.
 Numerics  bitwise equal per operation; batching over steps may change the order of a matrix product's sums.
 Source    DESIGN.md section 2; dependence rules checked on seven families.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch.fx import Node
 
 from dcc.ir.dependence import label_scopes
 from dcc.ir.graph import (
+    BATCH,
     bytes_of,
     elements,
     has_rows,
     is_scalar,
+    is_static,
     is_tensor,
     is_weight,
     op_name,
@@ -64,8 +67,12 @@ class HoistScopes:
         for node in ports:
             if scopes[node] in BATCHED and not has_rows(shape_of(node)):
                 return node, f"{shape_of(node)} cannot be batched over steps"
+            if scopes[node] is Scope.REQUEST and not has_rows(shape_of(node)) and not is_static(shape_of(node)):
+                return node, f"{shape_of(node)} has the batch elsewhere than in front"
             if _grows(node, scopes):
                 return node, "larger than what it is made from"
+        for node in _sized_by_others(scopes):
+            return node, "has a batch that nothing in its scope knows"
         for limit, kinds, calls in (
             (self.table_limit_bytes, BATCHED, program.calls),
             (self.request_limit_bytes, (Scope.REQUEST,), 1),
@@ -104,6 +111,20 @@ def is_port(node: Node, scopes: dict[Node, Scope]) -> bool:
 
 def _readers(node: Node) -> Iterable[Node]:
     return (user for user in node.users if not is_scalar(user) and user.op != "output")
+
+
+def _sized_by_others(scopes: dict[Node, Scope]) -> Iterator[Node]:
+    """Early values given a batch that none of their inputs has: `ids.expand(B, -1, -1)` of unbatched ids."""
+    batched: set[Node] = set()
+    sized: set[Node] = set()
+    for node, scope in scopes.items():
+        if node.op == "placeholder" and BATCH in shape_of(node) or any(source in batched for source in tensor_inputs(node)):
+            batched.add(node)
+        elif any(is_scalar(source) or source in sized for source in node.all_input_nodes):
+            if scope is Scope.CONSTANT:
+                sized.add(node)
+            elif scope is not Scope.STEP:
+                yield node
 
 
 def _only_step_reads(node: Node, scopes: dict[Node, Scope]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dcc.driver import pipeline
 from dcc.ir.components import find_components, reads
+from dcc.ir.graph import is_weight
 from dcc.ir.program import Program, Stage
 from dcc.passes import run_passes
 
@@ -88,7 +89,9 @@ def test_results_are_the_branches_before_their_gates(name: str, cut: Callable, m
             match = next((index for index, (_, branch) in enumerate(unmatched) if same(branch, values[node])), None)
             assert match is not None, f"{stage.name} gives {node.name}, which is no branch"
             del unmatched[match]
-    assert [path for path, _ in unmatched] == []
+    # The last joint block of SD3 returns attention for the text as well, which nobody reads.
+    unread = ["transformer.transformer_blocks.2.attn"] if name in ("sd3", "sd35") else []
+    assert [path for path, _ in unmatched] == unread
 
 
 def test_joint_attention_is_one_component_with_two_results(cut: Callable[[str], Program]) -> None:
@@ -154,7 +157,7 @@ def test_operands_may_stand_in_either_order() -> None:
         branch = branch_of(s, x)
         components = found(s, s.add(branch, x) if swapped else s.add(x, branch))
         assert [component.results for component in components] == [(branch,)]
-        assert reads(components[0]) == [x]
+        assert [node for node in reads(components[0]) if not is_weight(node)] == [x]
 
 
 def test_a_sum_of_other_shapes_or_without_a_contraction_is_no_residual() -> None:

@@ -96,6 +96,22 @@ def test_declines_a_canonical_graph() -> None:
     assert graph_text(program) == before
 
 
+def test_a_value_is_not_computed_for_the_sake_of_its_size() -> None:
+    s = Sketch()
+    x, c = s.latent(), s.condition()
+    unread = s.linear(c, "only_its_size", 4)
+    rows = s.op(aten.sym_size.int, unread, 0)
+    program = s.program(s.add(x, s.op(aten.full.default, [rows, 4], 1.0, dtype=torch.float32)))
+    inputs = random_inputs(program)
+    wanted = run_graph(program, inputs)
+    assert apply(Canonicalize(), program).status == "applied"
+    assert graph_text(program) == (
+        "%0 = sym_size(%x, 0)\n%1 = full([%0, 4], 1.0, dtype=torch.float32) : f32[B,4]\n"
+        "%2 = add(%x, %1) : f32[B,4]\nreturn %2\n"
+    )
+    assert torch.equal(run_graph(program, inputs), wanted)
+
+
 def _slices(s: Sketch, *bounds: tuple[int, ...], axis: int = 1) -> Node:
     x = s.latent(6, 6)
     return s.op(aten.cat.default, [s.op(aten.slice.Tensor, x, axis, *bound) for bound in bounds], 1)

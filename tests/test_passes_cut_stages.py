@@ -63,6 +63,24 @@ def test_declines_without_a_residual_branch_but_leaves_an_executable_chain() -> 
     assert torch.equal(run_stages(program, inputs), run_graph(program, inputs))
 
 
+def test_declines_when_a_port_would_have_a_size_of_its_own() -> None:
+    """A stream of `[B * tokens, C]` rows: ports know the batch alone."""
+    s = Sketch()
+    x = s.linear(s.op(aten.reshape.default, s.latent(6, 3), [-1, 3]), "embed", 4)
+    for index in range(2):
+        x = s.add(x, s.op(aten.silu.default, s.linear(x, f"blocks.{index}", 4)))
+    program = s.program(s.op(aten.reshape.default, x, [-1, 6, 4]))
+    inputs = random_inputs(program)
+    apply(HoistScopes(), program)
+    report = apply(CutStages(), program)
+    size = shape_of(x)[0]
+    assert (report.status, report.why) == (
+        "declined", f"f32[{size},4] between components cannot be a port: the step is one stage"
+    )  # fmt: skip
+    assert [stage.kind for stage in program.stages] == ["glue"]
+    assert torch.equal(run_stages(program, inputs), run_graph(program, inputs))
+
+
 def test_a_component_ends_before_its_gate() -> None:
     for gated in (True, False):
         s = residual(gated=gated)

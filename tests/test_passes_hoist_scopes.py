@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from random_graphs import Sketch, apply, aten, random_inputs
+from torch.fx import Node
 
 from dcc.driver import pipeline
 from dcc.frontend.samplers import sampler_table
@@ -131,6 +132,24 @@ def test_refuses_a_timestep_value_without_rows() -> None:
     assert program.scopes[time] is Scope.STEP
 
 
+def test_refuses_a_request_value_with_the_batch_elsewhere() -> None:
+    """Keys as [B * heads, L, D]: ports have the batch in front or not at all."""
+    s = Sketch()
+    x, c = s.latent(2), s.condition(5, 4)
+    projected = s.linear(c, "k", 4)
+    heads = s.op(aten.reshape.default, s.op(aten.reshape.default, projected, [-1, 5, 2, 2]), [-1, 5, 2])
+    keys = s.op(aten.mean.dim, s.op(aten.reshape.default, s.op(aten.tanh.default, heads), [-1, 2, 10]), [1])
+    mixed = s.op(aten.tanh.default, s.op(aten.transpose.int, projected, 0, 1))
+    second = s.op(aten.select.int, s.mul(mixed, s.op(aten.unsqueeze.default, s.linear(x, "q", 4), 0)), 0, 0)
+    program = s.program(s.add(s.linear(keys, "mix", 2), s.linear(s.add(x, s.linear(second, "out", 2)), "last", 2)))
+    report = apply(HoistScopes(), program)
+    assert report.figures[KEPT] == [
+        "tanh_1: (5, 'B', 4) has the batch elsewhere than in front",
+        "transpose: (5, 'B', 4) has the batch elsewhere than in front",
+    ]
+    assert program.scopes[projected] is program.scopes[keys] is Scope.REQUEST
+
+
 def test_keeps_a_condition_without_rows_in_the_request() -> None:
     """Positions of FLUX: shared by all rows, computed once for a request, and no table is made of them."""
     s = Sketch()
@@ -140,6 +159,33 @@ def test_keeps_a_condition_without_rows_in_the_request() -> None:
     report = apply(HoistScopes(), program)
     assert report.figures[KEPT] == []
     assert program.scopes[rotary] is Scope.REQUEST
+
+
+def repeated_ids(s: Sketch, x: Node, ids: Node) -> Node:
+    rows = s.op(aten.sym_size.int, x, 0)
+    return s.op(aten.expand.default, s.op(aten.unsqueeze.default, ids, 0), [rows, 6, 4])
+
+
+def ones_and_ids(s: Sketch, x: Node, ids: Node) -> Node:
+    rows = s.op(aten.sym_size.int, x, 0)
+    ones = s.op(aten.full.default, [rows, 6, 4], 1.0, dtype=torch.float32, device=torch.device("cpu"))
+    return s.add(ones, ids)
+
+
+@pytest.mark.parametrize("make", [repeated_ids, ones_and_ids])
+def test_refuses_a_batch_that_only_the_latent_knows(make: Callable[[Sketch, Node, Node], Node]) -> None:
+    s = Sketch()
+    x, ids = s.latent(6, 4), s.input("ids", "condition", 6, 4)
+    early = s.op(aten.cos.default, ids)
+    repeated = make(s, x, early)
+    program = s.program(s.add(x, s.op(aten.tanh.default, repeated)))
+    inputs = random_inputs(program)
+    wanted = run_graph(program, inputs)
+    run_passes(program, (HoistScopes(), CUT))
+    kept = f"{repeated.name}: has a batch that nothing in its scope knows"
+    assert program.reports[0].figures[KEPT] == [kept]
+    assert program.scopes[early] is Scope.REQUEST
+    assert torch.equal(run_stages(program, inputs), wanted)
 
 
 def test_refuses_an_expanded_copy_but_hoists_what_is_expanded() -> None:

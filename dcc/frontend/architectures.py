@@ -38,6 +38,7 @@ class Facts:
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
     # Inputs to leave out where the caller gives some and not these.
     optional: tuple[str, ...] = ()
+    timestep_scale: float = 1.0
 
 
 def facts_of(module: nn.Module) -> Facts | None:
@@ -55,7 +56,7 @@ def facts_of(module: nn.Module) -> Facts | None:
     config: Mapping[str, Any] = getattr(module.transformer, "config")  # noqa: B009 - diffusers types it as unknown
     nulls = family.null_classes(config)
     ranges = {name: (0, null) for name, null in nulls.items()}
-    return Facts(family.inputs(config), dict(nulls), ranges, family.optional)
+    return Facts(family.inputs(config), dict(nulls), ranges, family.optional, family.timestep_scale)
 
 
 def build(checkpoint: Checkpoint, arch: str | None, where: Path) -> nn.Module:

@@ -214,13 +214,15 @@ class Family:
     null_classes: Callable[[Config], dict[str, int]] = field(default=_no_classes)
     # Inputs that the model also runs without, differently.
     optional: tuple[str, ...] = ()
+    # What the family's pipeline multiplies the scheduler's timesteps by.
+    timestep_scale: float = 1.0
 
 
 FAMILIES: dict[str, Family] = {
     "DiTTransformer2DModel": Family(DiTAdapter, _dit_inputs, _dit_classes),
     "PixArtTransformer2DModel": Family(PixArtAdapter, _pixart_inputs, optional=("encoder_attention_mask",)),
     "SD3Transformer2DModel": Family(SD3Adapter, _sd3_inputs),
-    "FluxTransformer2DModel": Family(FluxAdapter, _flux_inputs),
+    "FluxTransformer2DModel": Family(FluxAdapter, _flux_inputs, timestep_scale=1e-3),
     "WanTransformer3DModel": Family(WanAdapter, _wan_inputs),
 }
 

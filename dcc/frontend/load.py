@@ -50,6 +50,8 @@ class LoadedModel:
     source: str = ""
     parameters: int = 0
     unbatched: tuple[str, ...] = ()
+    # The denoiser is given the scheduler's timestep times this (FLUX counts from 0 to 1).
+    timestep_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def load_model(
         source=str(stated.get("source") or draft.source),
         parameters=sum(value.numel() for value in module.parameters()),
         unbatched=unbatched,
+        timestep_scale=float(stated.get("timestep_scale", facts.timestep_scale)),
     )
 
 

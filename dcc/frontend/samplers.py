@@ -19,7 +19,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,13 @@ def sampler_table(
 
     with _quiet():
         return probe(_find(diffusers, source, steps, config, options), dtype)
+
+
+def with_timesteps_scaled(table: SamplerTable, factor: float) -> SamplerTable:
+    """The table with every timestep that the denoiser is given multiplied by `factor`."""
+    if factor == 1.0:
+        return table
+    return replace(table, calls=tuple(replace(call, timestep=call.timestep * factor) for call in table.calls))
 
 
 def _import_diffusers() -> Any:

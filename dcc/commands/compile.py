@@ -1,0 +1,92 @@
+"""`dcc compile`: a model becomes an artifact, with progress and an account of what each pass did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcc.commands import options
+from dcc.commands.terminal import Stages, flops, print_json, print_table, say, size, stdout_reserved
+
+if TYPE_CHECKING:
+    from dcc.driver import CompileReport
+
+LoraOption = Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="Fold a LoRA into the weights.")]
+
+
+def compile_model(
+    model: Annotated[
+        str, typer.Argument(help="A .pt, .safetensors, .pt2, diffusers folder or package.module:factory.")
+    ],
+    output: Annotated[str, typer.Option("-o", "--output", help="The artifact to write.")] = "model.dcc",
+    target: Annotated[str, typer.Option(help="A name of `dcc targets`.")] = "cpu",
+    opt_level: Annotated[
+        int, typer.Option("-O", "--opt-level", metavar="LEVEL", help="0 traces and lowers, 1 runs exact passes.")
+    ] = 1,
+    sampler: options.SamplerOption = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler (default 50).")] = None,
+    sampler_option: options.SamplerValueOption = None,
+    guidance: Annotated[str, typer.Option(help="auto, cfg or none.")] = "auto",
+    guidance_scale: Annotated[float | None, typer.Option(help="Default scale of the artifact.")] = None,
+    lora: LoraOption = None,
+    arch: options.ArchOption = None,
+    role: options.RoleOption = None,
+    max_batch: Annotated[int, typer.Option(help="Most images in one request.")] = 64,
+    granularity: Annotated[str, typer.Option(help="step (one engine) or component.")] = "step",
+    trust_pickle: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+    verbose: options.VerboseOption = False,
+) -> None:
+    """Compile a trained model into MODEL.dcc; exact passes only."""
+    sampler_values = options.sampler_options(sampler_option)
+    roles = options.key_values(role, "--role")
+    files = options.lora_files(lora)
+    with Stages(verbose) as stages, stdout_reserved():
+        stages("importing torch")
+        from dcc.driver import DEFAULT_GUIDANCE_SCALE, compile
+
+        report = compile(
+            model, output=output, target=target, roles=roles or None, arch=arch, sampler=sampler, steps=steps,
+            sampler_options=sampler_values, guidance=guidance,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale, lora=files,
+            opt_level=opt_level, max_batch=max_batch, granularity=granularity, trust_pickle=trust_pickle,
+            progress=stages,
+        )  # fmt: skip
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _show(report)
+
+
+def _show(report: CompileReport) -> None:
+    show_passes(report.passes)
+    rows = [("output", report.path), ("size", size(report.size_bytes)), ("parameters", f"{report.parameters:,}")]
+    moved = moved_out(report.passes)
+    if moved is not None:
+        rows.append(("left the loop", moved))
+    rows += [
+        ("engines", str(report.engines)),
+        ("check", f"forward equals the model's to {report.forward_error:.1e} of its range"),
+        ("time", f"{sum(report.seconds.values()):.1f} s, {size(report.peak_memory_bytes)} of memory at most"),
+    ]
+    say("\n".join(f"{name:<14} {value}" for name, value in rows))
+
+
+def show_passes(reports: list[dict[str, Any]]) -> None:
+    """The table of what each pass did and why."""
+    print_table("passes", ("pass", "did", "why"), [(row["name"], row["status"], row["why"]) for row in reports])
+
+
+def moved_out(reports: list[dict[str, Any]]) -> str | None:
+    """What `hoist-scopes` took out of the loop, in one line; None where it moved nothing."""
+    figures: dict[str, Any] = next((row["figures"] for row in reports if row["name"] == "hoist-scopes"), {})
+    if "parameters" not in figures:
+        return None
+    early = [row for scope, row in figures["scopes"].items() if scope != "step"]
+    parameters, count = figures["parameters"], figures["flops"]
+    return (
+        f"{parameters:,} parameters ({parameters / max(figures['total parameters'], 1):.1%}),"
+        f" {size(sum(row['bytes'] for row in early))},"
+        f" {flops(count / 2)} a row and call ({count / max(figures['total flops'], 1):.1%})"
+    )

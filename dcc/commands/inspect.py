@@ -1,0 +1,243 @@
+"""`dcc inspect`: what an artifact (without torch) or a model (traced first) consists of."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcc.commands import options
+from dcc.commands.compile import show_passes
+from dcc.commands.terminal import Stages, flops, print_json, print_table, say, size, stdout_reserved
+from dcc.errors import UsageError
+
+if TYPE_CHECKING:
+    from dcc.ir.program import Program
+    from dcc.runtime import Artifact
+
+TEXT_MEMBER = "program.txt"
+SCOPES = ("constant", "timestep", "request", "table", "step")
+COSTS = ("parameters", "bytes", "FLOPs a row")
+NUMBERS = "parameters bytes FLOPs-a-row share weights model"
+SECTIONS = {"build": "timestep", "request": "request", "table": "table", "step": "step"}
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL.dcc|MODEL", help="An artifact, or anything dcc compiles.")],
+    graph: Annotated[bool, typer.Option("--graph", help="Show every operation (of a model, not an artifact).")] = False,
+    sampler: options.SamplerOption = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler, for a model.")] = None,
+    arch: options.ArchOption = None,
+    role: options.RoleOption = None,
+    trust_pickle: options.TrustOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Show the program, its scopes, components, passes, sampler and engines."""
+    if is_artifact(Path(model)):
+        if graph:
+            raise UsageError(
+                "an artifact holds stages, not single operations",
+                at=model,
+                next="dcc inspect --graph MODEL, the original",
+            )
+        from dcc.runtime import Artifact
+
+        found = describe_artifact(Artifact.open(model))
+    else:
+        roles = options.key_values(role, "--role") or None
+        found = _describe_model(model, graph, sampler, steps, arch, roles, trust_pickle)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+
+
+def is_artifact(path: Path) -> bool:
+    """By its name, or because it is a zip with a manifest: torch's own files are zips too."""
+    if path.suffix == ".dcc":
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "manifest.json" in archive.namelist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+
+
+def describe_artifact(artifact: Artifact) -> dict[str, Any]:
+    """Everything that the file says about itself."""
+    manifest = artifact.manifest
+    members = manifest["members"]
+    text = artifact.read(TEXT_MEMBER).decode("utf-8", "replace") if TEXT_MEMBER in members else ""
+    weights = {weight.name: weight for weight in artifact.plan.weights}
+    engines = [
+        {
+            "name": engine.name, "kind": engine.kind, "model_bytes": members[engine.member]["size"],
+            "weight_bytes": sum(weights[name].nbytes for name in engine.weights), "weights": len(engine.weights),
+        }
+        for engine in artifact.plan.engines
+    ]  # fmt: skip
+    sizes = {weight.nbytes / max(_count(weight.shape), 1) for weight in weights.values()}
+    table = manifest["sampler"]
+    return {
+        "kind": "artifact", "path": artifact.path, "size_bytes": Path(artifact.path).stat().st_size,
+        "name": manifest["name"], "target": manifest["target"], "program_hash": manifest["program_hash"],
+        "text": text, "sampler": None if table is None else _sampler_summary(table), "guidance": manifest["guidance"],
+        "scopes": scope_rows(_passes(manifest), text),
+        "stages": stage_rows(text, sizes.pop() if len(sizes) == 1 else None),
+        "passes": _passes(manifest), "engines": engines, "recipe": manifest["recipe"], "tools": manifest["tools"],
+    }  # fmt: skip
+
+
+def _describe_model(
+    model: str, graph: bool, sampler: str | None, steps: int | None, arch: str | None, roles: dict[str, str] | None,
+    trust_pickle: bool,
+) -> dict[str, Any]:  # fmt: skip
+    with Stages() as stages, stdout_reserved():
+        stages("importing torch")
+        from dataclasses import asdict
+
+        from dcc.ir.text import graph_text, program_text
+
+        program = _trace(stages, model, sampler, steps, arch, roles, trust_pickle)
+        text = program_text(program, costs=True)
+        reports = [asdict(report) for report in program.reports]
+        table = None if program.sampler is None else _sampler_summary(program.sampler.to_json())
+        sizes = {tensor.element_size() for tensor in program.weights.values()}
+        found = {
+            "kind": "model", "path": model, "name": program.name, "source": program.source, "text": text,
+            "program_hash": program.hash(), "parameters": program.parameters(), "sampler": table,
+            "guidance": asdict(program.guidance), "scopes": scope_rows(reports, text),
+            "stages": stage_rows(text, sizes.pop() if len(sizes) == 1 else None), "passes": reports,
+        }  # fmt: skip
+        if graph:
+            found["graph"] = graph_text(program)
+    return found
+
+
+def _trace(
+    stages: Stages, model: str, sampler: str | None, steps: int | None, arch: str | None,
+    roles: dict[str, str] | None, trust_pickle: bool,
+) -> Program:  # fmt: skip
+    """The Program as `dcc compile` would lower it."""
+    from dcc import driver
+    from dcc.frontend.load import load_model
+    from dcc.frontend.trace import trace
+    from dcc.passes import run_passes
+
+    stages("loading the model")
+    loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, roles=roles)
+    stages("tabulating the sampler")
+    table = driver._sampler(loaded, sampler, steps, {})
+    stages("tracing")
+    program = trace(
+        loaded.module, loaded.example_inputs, loaded.roles, name=loaded.name, nulls=loaded.nulls, ranges=loaded.ranges,
+        guidance=driver._guidance(loaded, "auto", driver.DEFAULT_GUIDANCE_SCALE), unbatched=loaded.unbatched,
+    )  # fmt: skip
+    program.sampler, program.source = table, loaded.source
+    stages("running passes")
+    run_passes(program, driver.pipeline(1))
+    return program
+
+
+def _sampler_summary(table: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: table[key] for key in ("name", "scheduler", "prediction", "steps", "registers", "clip", "variance")}
+    draws = sum(call["draws"] for call in table["calls"])
+    return {**kept, "calls": len(table["calls"]), "noise_draws": draws}
+
+
+def _passes(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The compiler's reports; people read them, so one that is not as expected is left out, not refused."""
+    reports = (manifest["report"] or {}).get("passes")
+    known = [row for row in reports if isinstance(row, dict)] if isinstance(reports, list) else []
+    return [row for row in known if {"name", "status", "why", "figures"} <= row.keys()]
+
+
+def scope_rows(reports: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Parameters, bytes and FLOPs of one row by scope: as `hoist-scopes` counted them, else from the stages."""
+    figures: Any = next((row["figures"] for row in reports if row["name"] == "hoist-scopes"), None)
+    scopes = figures.get("scopes") if isinstance(figures, dict) else None
+    if isinstance(scopes, dict) and scopes.keys() <= set(SCOPES):
+        # The pass counts two rows: one guided image.
+        return [
+            {"scope": scope, "parameters": row["parameters"], "bytes": row["bytes"], "flops": row["flops"] / 2}
+            for scope, row in sorted(scopes.items(), key=lambda item: SCOPES.index(item[0]))
+        ]
+    totals: dict[str, dict[str, Any]] = {}
+    for stage in stage_rows(text, None):
+        row = totals.setdefault(stage["scope"], {"scope": stage["scope"], "parameters": 0, "bytes": None, "flops": 0.0})
+        row["parameters"] += stage["parameters"]
+        row["flops"] += stage["flops"]
+    return list(totals.values())
+
+
+def stage_rows(text: str, element_bytes: float | None) -> list[dict[str, Any]]:
+    """The stages of a program's text with costs; bytes are known where all weights have one element size."""
+    rows = []
+    scope = "step"
+    for line in text.splitlines():
+        if line in SECTIONS:
+            scope = SECTIONS[line]
+        left, found, costs = line.rpartition("  // ")
+        call, at, template = left.rpartition("  @")
+        if not (line.startswith("  ") and found and at):
+            continue
+        parts = costs.removeprefix("component, ").replace(",", "").split()
+        try:
+            parameters, million = int(parts[0]), float(parts[2])
+        except (IndexError, ValueError):
+            continue
+        rows.append({
+            "name": call.partition(" = ")[2].partition("(")[0], "scope": scope,
+            "component": costs.startswith("component, "), "template": template, "parameters": parameters,
+            "bytes": None if element_bytes is None else int(parameters * element_bytes), "flops": million * 1e6,
+        })  # fmt: skip
+    return rows
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
+
+
+def _show(found: dict[str, Any]) -> None:
+    say(found.get("graph") or found["text"])
+    scopes = found["scopes"]
+    total = sum(row["flops"] for row in scopes) or 1.0
+    rows: list[tuple[object, ...]] = [(row["scope"], *_costs(row), f"{row['flops'] / total:.1%}") for row in scopes]
+    print_table("scopes", ("scope", *COSTS, "share"), rows, NUMBERS)
+    rows = [
+        (row["name"], row["scope"], "component" if row["component"] else "", *_costs(row), row["template"])
+        for row in found["stages"]
+    ]
+    print_table("stages", ("stage", "scope", "kind", *COSTS, "template"), rows, NUMBERS)
+    show_passes(found["passes"])
+    engines = found.get("engines", [])
+    rows = [(row["name"], row["kind"], size(row["weight_bytes"]), size(row["model_bytes"])) for row in engines]
+    if rows:
+        print_table("engines", ("engine", "scope", "weights", "model"), rows, NUMBERS)
+    _show_summary(found)
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{row['parameters']:,}", "" if row["bytes"] is None else size(row["bytes"]), flops(row["flops"])
+
+
+def _show_summary(found: dict[str, Any]) -> None:
+    sampler = found["sampler"]
+    rows = [("name", found["name"]), ("hash", found["program_hash"]), ("guidance", _spelled(found["guidance"]))]
+    rows.append(("sampler", "none: denoise only" if sampler is None else _spelled(sampler)))
+    for key in ("recipe", "tools"):
+        if found.get(key):
+            rows.append((key, _spelled(found[key])))
+    if "size_bytes" in found:
+        rows.append(("size", size(found["size_bytes"])))
+    say("\n".join(f"{name:<10} {value}" for name, value in rows))
+
+
+def _spelled(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
