@@ -118,7 +118,8 @@ def _sized_by_others(scopes: dict[Node, Scope]) -> Iterator[Node]:
     batched: set[Node] = set()
     sized: set[Node] = set()
     for node, scope in scopes.items():
-        if node.op == "placeholder" and BATCH in shape_of(node) or any(source in batched for source in tensor_inputs(node)):
+        given = node.op == "placeholder" and BATCH in shape_of(node)
+        if given or any(source in batched for source in tensor_inputs(node)):
             batched.add(node)
         elif any(is_scalar(source) or source in sized for source in node.all_input_nodes):
             if scope is Scope.CONSTANT:

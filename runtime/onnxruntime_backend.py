@@ -1,8 +1,8 @@
 """The ONNX Runtime CPU backend: the only file of the runtime that knows ONNX Runtime.
 
-Sessions own their thread pools, whose threads stop spinning when a run ends: the process burns nothing between
-calls, and other sessions of the host application are left alone (a global pool would make them raise). Sessions of
-one process share one memory arena, which is what makes many small engines nearly as fast as one. Weights are mapped
+Sessions own their thread pools, whose threads spin for a tenth of a millisecond: the process burns nothing between
+calls, and other sessions of the host application are left alone (a global pool would make them raise). Where a step
+has many engines, their sessions share one memory arena, which makes them nearly as fast as one. Weights are mapped
 from the artifact's own file.
 """
 
@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SPIN_MICROSECONDS = "100"
 
 _arena_lock = threading.Lock()
-_arena_ready: bool | None = None
+_arena_ready = False
 
 
 def _onnxruntime() -> Any:
@@ -39,18 +39,18 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _share_arena() -> bool:
+def _share_arena() -> None:
     """One CPU arena for all sessions that ask for it; registered once in a process, by us or by the host."""
     global _arena_ready
     with _arena_lock:
-        if _arena_ready is None:
-            ort = _onnxruntime()
-            memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-            # Registered already, by the host application: sessions use that one.
-            with contextlib.suppress(Exception):
-                ort.create_and_register_allocator(memory, None)
-            _arena_ready = True
-        return _arena_ready
+        if _arena_ready:
+            return
+        ort = _onnxruntime()
+        memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        # Registered already, by the host application: sessions use that one.
+        with contextlib.suppress(Exception):
+            ort.create_and_register_allocator(memory, None)
+        _arena_ready = True
 
 
 def default_threads() -> int:
@@ -68,7 +68,10 @@ class OnnxRuntimeBackend:
         self._low_memory = low_memory
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
-        _share_arena()
+        # One engine a step is a little faster with memory of its own; many are much faster with common memory.
+        self._shared_arena = sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
+        if self._shared_arena:
+            _share_arena()
 
     def session(self, engine: str) -> Any:
         """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
@@ -85,9 +88,10 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         entries = {
             "session.intra_op.spin_duration_us": SPIN_MICROSECONDS,
-            "session.use_env_allocators": "1",
             "session.model_external_initializers_file_folder_path": self._artifact.folder,
         }
+        if self._shared_arena:
+            entries["session.use_env_allocators"] = "1"
         if self._low_memory:
             entries["session.disable_prepacking"] = "1"
         for key, value in entries.items():

@@ -130,8 +130,10 @@ class Workspace:
 
     def _fill(self, name: str, calls: slice, values: Array) -> None:
         """Rows `calls` of the table take `values`, `[calls, rows or 1, ...]`."""
-        for call in range(calls.start, calls.stop):
-            np.copyto(self._row.view(name, self._tables[call]), values[call - calls.start])
+        offset, dtype, shape = self._row.layout[name]
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        target = self._tables[calls, offset : offset + size].view(dtype)
+        np.copyto(target, np.broadcast_to(values, (len(target), *shape)).reshape(target.shape))
 
     def _timestep_values(self, timesteps: Array | None) -> dict[str, Array]:
         """Timestep-only values as `[calls, 1 or rows, ...]`."""
