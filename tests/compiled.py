@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import zoo
 from torch.fx import Graph
 
@@ -78,3 +79,8 @@ def write_artifact(program: Program, path: Path, granularity: str = "component",
     with ArtifactWriter(path) as writer:
         plan = lower(program, writer, granularity)
         writer.finish(_manifest(program, plan, program.hash(), "cpu", {}))
+
+
+def relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest absolute difference over the range of `wanted`, as `dcc.tolerances` means it."""
+    return float(np.abs(got.astype(np.float64) - wanted).max() / (np.ptp(wanted) or 1.0))

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from compiled import NULLS, SAMPLERS, STEPS, write_artifact
+from compiled import NULLS, SAMPLERS, STEPS, relative_difference, write_artifact
 from random_graphs import Sketch, aten, random_inputs
 
-from dcc.driver import relative_difference
 from dcc.ir.interpret import run_graph
 from dcc.runtime import load
 from dcc.tolerances import TOLERANCE
