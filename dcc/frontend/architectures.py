@@ -70,9 +70,9 @@ def build(checkpoint: Checkpoint, arch: str | None, where: Path) -> nn.Module:
         module = _empty_diffusers(name, config, where)
         fill(module, checkpoint.state, where, name)
         return FAMILIES[name].adapter(module).eval()
-    config = _dit_config(checkpoint, name, values, where)
+    shape = _dit_config(checkpoint, name, values, where)
     with torch.device("meta"):
-        dit = DiT(config)
+        dit = DiT(shape)
     fill(dit, checkpoint.state, where, name)
     return dit
 

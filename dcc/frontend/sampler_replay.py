@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -116,8 +117,8 @@ def replay_error(source: Source, table: SamplerTable) -> float:
         noise = Draws(draws.randn(REPLAY_SHAPE))
         with patched_noise(scheduler, noise):
             sample = take_step(source, scheduler, reference, timestep, sample)
-        served = []
-        latent = sampler.advance(index, output, lambda _, noise=noise, served=served: _serve(noise, served))
+        served: list[None] = []
+        latent = sampler.advance(index, output, partial(_serve, noise, served))
         if len(served) != noise.count:
             return float("inf")
         expected = sample.numpy()
@@ -127,7 +128,8 @@ def replay_error(source: Source, table: SamplerTable) -> float:
     return worst
 
 
-def _serve(noise: Draws, served: list[None]) -> Array:
+def _serve(noise: Draws, served: list[None], _: str) -> Array:
+    """The recorded draw, whatever dtype is asked for; `served` counts."""
     served.append(None)
     return noise.noise
 
