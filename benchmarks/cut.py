@@ -1,5 +1,7 @@
 """What does cutting the step at every component cost, against the same step as one engine?
 
+The cut engines share one thread pool (`own_process=True`), as they do in `dcc run`.
+
 python benchmarks/cut.py [MODEL]          default: the digits example
 """
 
@@ -30,7 +32,7 @@ def main() -> None:
         for granularity in ("step", "component"):
             path = Path(folder) / f"{granularity}.dcc"
             dcc.compile(options.model, steps=options.steps, granularity=granularity, output=path)
-            loaded[granularity] = runtime.load(path)
+            loaded[granularity] = runtime.load(path, own_process=granularity == "component")
         for batch in map(int, options.batch.split(",")):
             labels = np.arange(batch) % 10
             candidates = {

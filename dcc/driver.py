@@ -24,6 +24,7 @@ from dcc.frontend.load import LoadedModel, load_model
 from dcc.frontend.lora import apply_lora
 from dcc.frontend.samplers import sampler_table, with_timesteps_scaled
 from dcc.frontend.trace import trace
+from dcc.ir.interpret import random_inputs, run_graph
 from dcc.ir.program import Guidance, PassReport, Program, Role, Scope
 from dcc.ir.text import program_text
 from dcc.passes import ALWAYS, CUT, EXACT, Pass, run_passes
@@ -267,35 +268,12 @@ def _manifest(program: Program, plan: Plan, digest: str, target: str, recipe: di
     }  # fmt: skip
 
 
-def check_inputs(program: Program, rows: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the Program with distinct timesteps and conditions in every row."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, Tensor] = {}
-    for item in program.inputs:
-        shape = [rows if isinstance(size, str) else size for size in item.shape]
-        dtype = getattr(torch, item.dtype)
-        if item.role is Role.TIMESTEP:
-            calls = [call.timestep for call in program.sampler.calls] if program.sampler is not None else [999.0, 0.0]
-            value = torch.linspace(float(max(calls)), float(min(calls)), rows, dtype=torch.float64)
-            inputs[item.name] = value.expand(shape).to(dtype)
-        elif dtype.is_floating_point:
-            inputs[item.name] = torch.randn(shape, generator=generator).to(dtype)
-        elif dtype is torch.bool:
-            inputs[item.name] = torch.ones(shape, dtype=dtype)
-        else:
-            high = 1 if item.maximum is None else item.maximum
-            inputs[item.name] = torch.randint(item.minimum or 0, high + 1, shape, generator=generator, dtype=dtype)
-    return inputs
-
-
 def check_forward(path: Path, program: Program, loaded: LoadedModel) -> float:
     """The artifact's forward equals the original's within float32's tolerance; returns the difference."""
     rows = min(3, program.rows[1]) if program.rows[0] == 1 else program.rows[0]
-    inputs = check_inputs(program, rows)
+    inputs = random_inputs(program, rows, seed=0)
     module = loaded.module.module() if isinstance(loaded.module, ExportedProgram) else loaded.module
     if any(report.name == "fold-lora" and report.status == "applied" for report in program.reports):
-        from dcc.ir.interpret import run_graph
-
         wanted = run_graph(program, inputs).numpy()
     else:
         with torch.no_grad():

@@ -2,7 +2,8 @@
 
 Label each value with the inputs that it depends on. Values of the timestep alone become tables at compile time,
 values of the condition alone are computed once per generation, values of both once per generation, batched over all
-steps. Sizes are not dependences. A port that would break the batching over steps, or that costs more to keep than
+steps. Sizes are not dependences. A port that would break the batching over steps (its shape, or rows that depend on
+one another, which is tried out with numbers), or that costs more to keep than
 `table_limit_bytes` / `request_limit_bytes` allow, stays in the step together with what reads it.
 
 Shapes    timestep, table: ports are [B, ...] with the batch leading and nowhere else, or they are not hoisted;
@@ -33,6 +34,7 @@ from dcc.ir.graph import (
     shape_of,
     tensor_inputs,
 )
+from dcc.ir.interpret import mixes_rows
 from dcc.ir.ops import flops_of, is_contraction
 from dcc.ir.program import PassReport, Program, Scope
 
@@ -53,7 +55,7 @@ class HoistScopes:
         scopes = label_scopes(program)
         demoted: list[str] = []
         while True:
-            victim = self._first_violation(program, scopes)
+            victim = self._first_violation(program, scopes) or _mixing(program, scopes)
             if victim is None:
                 break
             node, reason = victim
@@ -107,6 +109,13 @@ def is_port(node: Node, scopes: dict[Node, Scope]) -> bool:
         return False
     mine = scopes[node]
     return any(scopes.get(user, mine) is not mine for user in _readers(node)) and mine is not Scope.STEP
+
+
+def _mixing(program: Program, scopes: dict[Node, Scope]) -> tuple[Node, str] | None:
+    """A port that normalises over the batch, say: right in a batch of one step, wrong in a batch of all steps."""
+    ports = [node for node in scopes if scopes[node] in BATCHED and is_port(node, scopes)]
+    node = mixes_rows(program, ports) if ports else None
+    return None if node is None else (node, "mixes the rows of its batch: it cannot be batched over steps")
 
 
 def _readers(node: Node) -> Iterable[Node]:

@@ -40,17 +40,24 @@ Callback = Callable[[Progress], bool | None]
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int | None = None, low_memory: bool = False, check: Check = "auto"
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    low_memory: bool = False,
+    own_process: bool = False,
+    check: Check = "auto",
 ) -> LoadedArtifact:
     """The artifact, checked and ready to sample.
 
     `threads` bounds the processors used (default: those the process may use). `low_memory` leaves weights mapped
-    instead of repacking them: less memory, 8 to 27 % slower. Raises ArtifactError for a damaged or foreign file.
+    instead of repacking them: less memory, 8 to 27 % slower. `own_process` says that nobody else in the process makes
+    ONNX Runtime sessions: the engines of a step that was cut then share one thread pool, which saves some 10 %, and
+    which any later session of the process would have to share. Raises ArtifactError for a damaged or foreign file.
     """
     if threads is not None and threads < 1:
         raise UsageError("threads must be at least 1", got=threads)
     artifact = Artifact.open(path, check=check)
-    return LoadedArtifact(artifact, OnnxRuntimeBackend(artifact, threads, low_memory))
+    return LoadedArtifact(artifact, OnnxRuntimeBackend(artifact, threads, low_memory, own_process))
 
 
 class LoadedArtifact:

@@ -1,6 +1,6 @@
 """The ONNX Runtime CPU backend: the only file of the runtime that knows ONNX Runtime.
 
-Sessions own their thread pools, whose threads spin for a tenth of a millisecond: the process burns nothing between
+Sessions own their thread pools, whose threads spin for a millisecond at most: the process burns nothing between
 calls, and other sessions of the host application are left alone (a global pool would make them raise). Where a step
 has many engines, their sessions share one memory arena, which makes them nearly as fast as one. Weights are mapped
 from the artifact's own file.
@@ -21,12 +21,14 @@ from dcc.runtime.artifact import Artifact
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Long enough to bridge the gaps between the operations of one run, too short to burn anything between runs. Without
-# spinning a batch of one is some 10 % slower; ONNX Runtime's default spins for tens of milliseconds after each run.
-SPIN_MICROSECONDS = "100"
+# How long an idle thread of a session spins before it sleeps. Long enough to bridge the gaps between operations, and
+# where the step is one engine between steps; short where the next engine's threads need the processors. ONNX Runtime's
+# default spins for tens of milliseconds after every run; without spinning a batch of one is some 10 % slower.
+SPIN_MICROSECONDS = {"one engine": "1000", "several": "100"}
 
-_arena_lock = threading.Lock()
+_once = threading.Lock()
 _arena_ready = False
+_pool_ready = False
 
 
 def _onnxruntime() -> Any:
@@ -42,7 +44,7 @@ def _onnxruntime() -> Any:
 def _share_arena() -> None:
     """One CPU arena for all sessions that ask for it; registered once in a process, by us or by the host."""
     global _arena_ready
-    with _arena_lock:
+    with _once:
         if _arena_ready:
             return
         ort = _onnxruntime()
@@ -51,6 +53,15 @@ def _share_arena() -> None:
         with contextlib.suppress(Exception):
             ort.create_and_register_allocator(memory, None)
         _arena_ready = True
+
+
+def _share_pool(threads: int) -> None:
+    """One thread pool for all sessions of the process: from now on every other session must ask for it as well."""
+    global _pool_ready
+    with _once:
+        if not _pool_ready:
+            _onnxruntime().set_global_thread_pool_sizes(threads, 1)
+            _pool_ready = True
 
 
 def default_threads() -> int:
@@ -62,16 +73,22 @@ def default_threads() -> int:
 class OnnxRuntimeBackend:
     """Sessions for the engines of one artifact, made when first asked for."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, low_memory: bool = False) -> None:
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, low_memory: bool = False, own_process: bool = False
+    ) -> None:
         self._artifact = artifact
         self._threads = default_threads() if threads is None else threads
         self._low_memory = low_memory
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
-        # One engine a step is a little faster with memory of its own; many are much faster with common memory.
-        self._shared_arena = sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
-        if self._shared_arena:
+        # One engine a step is a little faster with memory of its own; several are much faster with common memory.
+        self._several = sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
+        # A step of several engines wakes the threads of each in turn, unless all share one pool.
+        self._shared_pool = own_process and self._several
+        if self._several:
             _share_arena()
+        if self._shared_pool:
+            _share_pool(self._threads)
 
     def session(self, engine: str) -> Any:
         """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
@@ -83,14 +100,19 @@ class OnnxRuntimeBackend:
     def _create(self, engine: str) -> Any:
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
+        if self._shared_pool:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = self._threads
+            options.inter_op_num_threads = 1
         options.log_severity_level = 3
         entries = {
-            "session.intra_op.spin_duration_us": SPIN_MICROSECONDS,
+            "session.intra_op.spin_duration_us": SPIN_MICROSECONDS["several" if self._several else "one engine"],
             "session.model_external_initializers_file_folder_path": self._artifact.folder,
         }
-        if self._shared_arena:
+        if self._shared_pool:
+            del entries["session.intra_op.spin_duration_us"]
+        if self._several:
             entries["session.use_env_allocators"] = "1"
         if self._low_memory:
             entries["session.disable_prepacking"] = "1"

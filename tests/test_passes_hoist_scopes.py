@@ -325,3 +325,18 @@ def test_no_scope_reads_a_later_one(name: str, traced: Callable) -> None:
         for source in node.all_input_nodes:
             if source in program.scopes and not is_weight(source):
                 assert order.index(program.scopes[source]) <= order.index(scope)
+
+
+def test_keeps_rows_that_depend_on_one_another_in_the_step() -> None:
+    """Batched with the rows of other steps, a mean over the batch would be another mean."""
+    s = Sketch()
+    x, t, c = s.latent(), s.timestep(), s.condition()
+    both = s.add(s.embed(t), c)
+    centred = s.op(aten.sub.Tensor, both, s.op(aten.mean.dim, both, [0], True))
+    alone = s.linear(both, "alone", 4)
+    program = s.program(s.add(s.add(x, centred), alone))
+    report = apply(HoistScopes(), program)
+    reasons = report.figures["kept in the step"]
+    assert any(reason.endswith("mixes the rows of its batch: it cannot be batched over steps") for reason in reasons)
+    assert program.scopes[centred] is Scope.STEP
+    assert program.scopes[alone] is Scope.TABLE

@@ -60,7 +60,7 @@ def run(
         from dcc.conditions import rows_for, with_classes
         from dcc.runtime import load
 
-        artifact = load(model, threads=threads)
+        artifact = load(model, threads=threads, own_process=True)
     _check_picture(artifact, kind)
     values = with_classes(artifact, given, classes or ())
     rows = rows_for(artifact, values, len(chosen))
