@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/dcc compile $(MODEL) --sampler ddim --steps 50 -o $(OUT)/digits.dcc
 	$(BIN)/python examples/digits/evaluate.py $(OUT)/digits.dcc --guidance-scale 3
 	$(BIN)/dcc bench $(OUT)/digits.dcc --against $(MODEL) --baseline eager,compile,onnxruntime --batch 1,4,16 --repeats 7
+	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/cut.py
 	$(BIN)/python benchmarks/hoisting.py
 	$(BIN)/python benchmarks/large.py
