@@ -2,7 +2,7 @@
 
 `view` becomes `reshape` (ports are contiguous after a cut, traced values need not be), `clone`, no-op casts and
 multiplications by one go, `*_like` and `type_as` lose their false dependence, sizes are read from an input or, where a
-reshape can infer them, become -1, assertions on metadata go, and the aliases of commutative operations are ordered.
+reshape can infer them, become -1, and assertions on metadata go.
 
 Numerics  bitwise equal.
 Source    rules measured on seven families, docs/design.md section 2.

@@ -10,13 +10,13 @@ Refuses   values whose size depends on the batch; random draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from dcc.ir.graph import is_scalar, is_static, is_tensor, is_weight, shape_of, tensor_inputs
+from dcc.ir.interpret import evaluate, needed_by
 from dcc.ir.program import PassReport, Program
 from dcc.ir.rewrite import erase_dead, replace
 
@@ -37,7 +37,7 @@ class FoldConstants:
         ]
         folded, stored, skipped = 0, 0, 0
         for node in frontier:
-            value, read = _evaluate(node, program.weights)
+            value, read = _evaluate(node, program)
             size = value.numel() * value.element_size()
             if size > max(self.limit_bytes, read):
                 skipped += 1
@@ -69,24 +69,9 @@ def _constant_nodes(program: Program) -> set[Node]:
     return constant
 
 
-def _evaluate(node: Node, weights: dict[str, Tensor]) -> tuple[Tensor, int]:
+def _evaluate(node: Node, program: Program) -> tuple[Tensor, int]:
     """The node's value and the bytes of the weights it was made from."""
-    values: dict[Node, Any] = {}
-    read: dict[str, int] = {}
-
-    def value_of(source: Node) -> Any:
-        if source not in values:
-            if is_weight(source):
-                tensor = weights[str(source.target)]
-                read[str(source.target)] = tensor.numel() * tensor.element_size()
-                values[source] = tensor
-            else:
-                args = torch.fx.map_arg(source.args, value_of)
-                kwargs = torch.fx.map_arg(source.kwargs, value_of)
-                values[source] = source.target(*args, **kwargs)  # type: ignore[operator]
-        return values[source]
-
-    with torch.no_grad():
-        result = value_of(node)
-    assert isinstance(result, Tensor)
-    return result, sum(read.values())
+    value = evaluate(program, [node], {})[node]
+    assert isinstance(value, Tensor)
+    names = {str(source.target) for source in needed_by([node]) if is_weight(source)}
+    return value, sum(program.weights[name].numel() * program.weights[name].element_size() for name in names)

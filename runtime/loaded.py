@@ -143,7 +143,9 @@ class LoadedArtifact:
     ) -> Array:  # fmt: skip
         assert self.sampler is not None
         count, calls = shape[0], len(self.plan.order)
-        sampler = self._samplers.setdefault(shape, Sampler(self.sampler, shape))
+        if shape not in self._samplers:
+            self._samplers[shape] = Sampler(self.sampler, shape)
+        sampler = self._samplers[shape]
         sampler.start(start)
         latent = space.inputs[self.latent.name]
         timestep = next((space.inputs[item.name] for item in self.plan.inputs if item.role == "timestep"), None)

@@ -59,6 +59,8 @@ class Workspace:
     def __init__(self, artifact: Artifact, backend: OnnxRuntimeBackend, rows: int) -> None:
         plan = self.plan = artifact.plan
         self.rows = rows
+        # One timestep per sampler call, for models whose tables read the timestep itself.
+        self.call_timesteps: Array = np.zeros(0)
         self._artifact = artifact
         self._backend = backend
         self._engines = {engine.name: engine for engine in plan.engines}
@@ -173,8 +175,6 @@ class Workspace:
         if timesteps is not None:
             return timesteps
         return np.repeat(self.call_timesteps[calls], self.rows)
-
-    call_timesteps: Array = np.zeros(0)
 
     def _run_free(
         self, engine: EngineSpec, call: Call, places: Mapping[str, Mapping[str, Array]], rows: int

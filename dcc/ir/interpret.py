@@ -15,18 +15,8 @@ from dcc.ir.program import Program, Role
 
 def run_graph(program: Program, inputs: Mapping[str, Tensor]) -> Tensor:
     """The denoiser's output, node by node over the uncut graph."""
-    values: dict[Node, Any] = {}
-    with torch.no_grad():
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[node.name]
-            elif node.op == "get_attr":
-                values[node] = program.weights[str(node.target)]
-            elif node.op == "call_function":
-                args = torch.fx.map_arg(node.args, values.__getitem__)
-                kwargs = torch.fx.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-    result = values[outputs_of(program.graph)[0]]
+    final = outputs_of(program.graph)[0]
+    result = evaluate(program, [final], inputs)[final]
     assert isinstance(result, Tensor)
     return result
 
