@@ -72,6 +72,12 @@ class SamplerError(DccError):
     stage = "sampler"
 
 
+class ScheduleError(DccError):
+    """A schedule is not valid, or does not fit the program and sampler that it is used with."""
+
+    stage = "schedule"
+
+
 class ExportError(DccError):
     """A stage has no lowering, or the artifact cannot be written."""
 
