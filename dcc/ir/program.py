@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from dcc.ir.graph import Shape
+
+if TYPE_CHECKING:
+    from dcc.ir.measurements import Measurements
+    from dcc.ir.schedule import Schedule
 
 
 class Scope(StrEnum):
@@ -102,6 +106,8 @@ class Program:
     templates: dict[str, torch.fx.GraphModule] = field(default_factory=dict)
     reports: list[PassReport] = field(default_factory=list)
     source: str = ""
+    schedule: Schedule | None = None
+    measurements: Measurements | None = None
 
     def scope(self, node: Node) -> Scope:
         return self.scopes.get(node, Scope.STEP)
