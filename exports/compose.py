@@ -1,4 +1,4 @@
-"""An engine is a run of stages composed into one ONNX model.
+"""An engine is a run of operations composed into one ONNX model.
 
 Templates are inlined with their names prefixed, weights become external initializers that point into the artifact
 itself (file and offset; the file's name is filled in at load time), and values that only the engine's own stages
@@ -14,6 +14,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper
 from torch.fx import Node
 
 from dcc.exports.templates import OPSET, OnnxTemplate
+from dcc.exports.unroll import Operation, Scalar, Value
 from dcc.ir.graph import dtype_of, shape_of
 from dcc.ir.program import Stage
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER
@@ -45,38 +46,68 @@ def port_spec(node: Node) -> TensorSpec:
 
 def compose(
     name: str,
-    stages: Sequence[Stage],
+    operations: Sequence[Operation],
+    stages: Mapping[str, Stage],
     templates: Mapping[str, OnnxTemplate],
-    inputs: Sequence[Node],
-    outputs: Sequence[Node],
+    inputs: Mapping[Value, TensorSpec],
+    outputs: Mapping[Value, TensorSpec],
     stored: StoredWeights,
 ) -> tuple[bytes, tuple[str, ...]]:
-    """The serialized model and the names of the plan weights that it reads."""
+    """The serialized model and the names of the plan weights that it reads; ports have the names given here."""
     graph = GraphProto(name=name)
     used: dict[str, WeightSpec] = {}
-    for number, stage in enumerate(stages):
+    ports: dict[Value, str] = {value: spec.name for value, spec in (*inputs.items(), *outputs.items())}
+    for number, operation in enumerate(operations):
+        prefix = f"s{number}/"
+        for index, value in enumerate(operation.outputs):
+            ports.setdefault(value, f"{prefix}out{index}")
+        if operation.kind != "stage":
+            graph.node.extend(_arithmetic(operation, prefix, ports))
+            continue
+        stage = stages[operation.stage]
         template = templates[stage.template]
-        names = dict(zip(template.ports, map(port_name, stage.inputs), strict=True))
-        names |= dict(zip(template.outputs, map(port_name, stage.outputs), strict=True))
+        names = dict(zip(template.ports, (ports[value] for value in operation.inputs), strict=True))
+        names |= dict(zip(template.outputs, (ports[value] for value in operation.outputs), strict=True))
         for index, (weight, local) in enumerate(zip(stage.weights, template.weights, strict=True)):
             spec = stored.specs[weight, index in template.transposed]
             names[local] = _weight_name(spec)
             used[spec.name] = spec
-        prefix = f"s{number}/"
         for tensor in template.initializers:
             copy = graph.initializer.add()
             copy.CopyFrom(tensor)
             names[tensor.name] = copy.name = prefix + tensor.name
         graph.node.extend(_renamed(node, prefix, names, stage.name) for node in template.nodes)
     graph.initializer.extend(_external(spec, stored.base) for spec in used.values())
-    for nodes, target in ((inputs, graph.input), (outputs, graph.output)):
+    for specs, target in ((inputs, graph.input), (outputs, graph.output)):
         target.extend(
-            helper.make_tensor_value_info(port_name(node), ONNX_TYPES[dtype_of(node)], list(shape_of(node)))
-            for node in nodes
+            helper.make_tensor_value_info(spec.name, ONNX_TYPES[spec.dtype], list(spec.shape))
+            for spec in specs.values()
         )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     model.producer_name = "dcc"
     return model.SerializeToString(deterministic=True), tuple(used)
+
+
+def _arithmetic(operation: Operation, prefix: str, ports: Mapping[Value, str]) -> list[NodeProto]:
+    """Nodes of a combination or a delta."""
+    names = [ports[value] for value in operation.inputs]
+    result = ports[operation.outputs[0]]
+    if operation.kind == "delta":
+        return [helper.make_node("Sub", names, [result], name=f"{prefix}delta")]
+    weights = [name for value, name in zip(operation.inputs, names, strict=True) if isinstance(value, Scalar)]
+    terms = names[: len(names) - len(weights)]
+    first = 1 if operation.based else 0
+    nodes = []
+    for index, weight in enumerate(weights):
+        product = f"{prefix}product{index}"
+        nodes.append(helper.make_node("Mul", [terms[first + index], weight], [product], name=product))
+        terms[first + index] = product
+    total = terms[0]
+    for index, term in enumerate(terms[1:], start=1):
+        total, before = f"{prefix}sum{index}", total
+        nodes.append(helper.make_node("Add", [before, term], [total], name=total))
+    nodes[-1].output[0] = result
+    return nodes
 
 
 def _renamed(node: NodeProto, prefix: str, names: Mapping[str, str], stage: str) -> NodeProto:

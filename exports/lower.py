@@ -1,8 +1,7 @@
 """A Program becomes a plan, engines and stored weights in an artifact.
 
 Neighbouring stages of the step that always run together become one engine: without a schedule the whole step is one
-engine, with `granularity="component"` every component is an engine of its own together with the glue before it.
-Values between engines are buffers that share memory by liveness.
+engine, with `granularity="component"` every component is an engine of its own, in which candidates of a search run.
 """
 
 from __future__ import annotations
@@ -15,25 +14,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dcc.errors import ExportError
+from dcc.errors import ExportError, ScheduleError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.compose import StoredWeights, compose, port_name, port_spec
+from dcc.exports.step_plan import StepPlan, StepPlanner
 from dcc.exports.templates import OnnxTemplate, export_templates
-from dcc.ir.graph import dtype_of, elements, outputs_of, shape_of
+from dcc.exports.unroll import EARLY, Operation, step_stages, unroll
+from dcc.ir.graph import dtype_of, outputs_of, shape_of
 from dcc.ir.interpret import run_stage
 from dcc.ir.program import Program, Role, Scope, Stage
-from dcc.runtime.plan import (
-    BufferSpec,
-    Call,
-    ConstantSpec,
-    EngineSpec,
-    InputSpec,
-    Plan,
-    PortSpec,
-    Ref,
-    TensorSpec,
-    WeightSpec,
-)
+from dcc.runtime.plan import Call, ConstantSpec, EngineSpec, InputSpec, Plan, PortSpec, Ref, TensorSpec, WeightSpec
 
 GRANULARITIES = ("step", "component")
 Progress = Callable[[str], None]
@@ -49,23 +39,45 @@ class _Lowering:
     constants: list[ConstantSpec] = field(default_factory=list)
     extra: list[WeightSpec] = field(default_factory=list)
 
+    @property
+    def stored(self) -> StoredWeights:
+        return StoredWeights(self.weights, self.writer.weights_offset)
+
 
 def lower(
-    program: Program, writer: ArtifactWriter, granularity: str = "step", progress: Progress = lambda _: None
+    program: Program,
+    writer: ArtifactWriter,
+    granularity: str = "step",
+    progress: Progress = lambda _: None,
+    templates: Mapping[str, OnnxTemplate] | None = None,
 ) -> Plan:
-    """The plan of the Program; its engines and weights are in `writer`."""
+    """The plan of the Program under its schedule; its engines and weights are in `writer`.
+
+    Weights of components that no sampler call computes are left out. `templates` are those of the Program where they
+    have been exported before. Raises ScheduleError for a schedule that the
+    Program cannot follow.
+    """
     if granularity not in GRANULARITIES:
         raise ExportError("unknown granularity", got=granularity, want=", ".join(GRANULARITIES))
-    progress(f"exporting {len(program.templates)} templates")
-    lowering = _Lowering(program, writer, export_templates(program.templates))
+    calls = program.calls if program.sampler is not None else 0
+    if program.schedule is not None and program.schedule.calls != calls:
+        raise ScheduleError(
+            "the schedule is for another sampler", got=f"{program.schedule.calls} sampler calls", want=str(calls),
+            next="search again for this number of steps, or transfer the schedule",
+        )  # fmt: skip
+    if templates is None:
+        progress(f"exporting {len(program.templates)} templates")
+        templates = export_templates(program.templates)
+    lowering = _Lowering(program, writer, templates)
     progress("writing weights")
+    skipped = never_computed(program)
     for stage in program.stages:
-        _store_weights(lowering, stage)
+        if stage.name not in skipped:
+            _store_weights(lowering, stage)
     progress("composing engines")
-    early = {scope: [stage for stage in program.stages if stage.kind == scope] for scope in _EARLY}
-    calls = {scope: _early_calls(lowering, scope, stages) for scope, stages in early.items()}
-    groups = _groups([stage for stage in program.stages if stage.kind not in _EARLY], granularity)
-    step, buffers = _step_calls(lowering, groups)
+    early = {scope: [stage for stage in program.stages if stage.kind == scope] for scope in EARLY}
+    early_calls = {scope: _early_calls(lowering, scope, stages) for scope, stages in early.items()}
+    step = _step(lowering, granularity)
     _store_timestep_tables(lowering, early[Scope.TIMESTEP])
     final = outputs_of(program.graph)[0]
     return Plan(
@@ -81,16 +93,23 @@ def lower(
         timestep_ports=_ports(early[Scope.TIMESTEP]),
         request_ports=_ports(early[Scope.REQUEST]),
         table_ports=_ports(early[Scope.TABLE]),
-        buffers=buffers,
-        timestep=calls[Scope.TIMESTEP],
-        request=calls[Scope.REQUEST],
-        table=calls[Scope.TABLE],
-        step_programs=(step,),
-        order=(0,) * (program.calls if program.sampler is not None else 0),
+        buffers=step.buffers,
+        histories=step.histories,
+        timestep=early_calls[Scope.TIMESTEP],
+        request=early_calls[Scope.REQUEST],
+        table=early_calls[Scope.TABLE],
+        step_programs=step.programs,
+        order=step.order or (0,) * calls,
+        guidance=step.guidance,
     )
 
 
-_EARLY = (Scope.TIMESTEP, Scope.REQUEST, Scope.TABLE)
+def never_computed(program: Program) -> set[str]:
+    """Names of the stages that no sampler call runs."""
+    if program.schedule is None:
+        return set()
+    run = {operation.stage for call in unroll(program, program.schedule) for operation in call}
+    return {stage.name for stage in step_stages(program)} - run
 
 
 def _store_weights(lowering: _Lowering, stage: Stage) -> None:
@@ -113,84 +132,44 @@ def _ports(stages: Sequence[Stage]) -> tuple[PortSpec, ...]:
     )
 
 
-def _ref(lowering: _Lowering, node: Node, inside: str = "buffer") -> Ref:
-    if node.op == "placeholder":
-        return Ref("input", node.name)
-    scope = lowering.program.scopes.get(node, Scope.STEP)
-    return Ref(str(scope) if scope in _EARLY else inside, port_name(node))
-
-
-def _engine(
-    lowering: _Lowering, name: str, kind: str, stages: Sequence[Stage], outputs: Sequence[Node]
-) -> tuple[Node, ...]:
-    """The stages become an engine; returns the nodes that it reads."""
-    made = {node for stage in stages for node in stage.outputs}
-    inputs = tuple(dict.fromkeys(node for stage in stages for node in stage.inputs if node not in made))
-    stored = StoredWeights(lowering.weights, lowering.writer.weights_offset)
-    model, used = compose(name, stages, lowering.templates, inputs, outputs, stored)
-    member = f"engines/{name}.onnx"
-    lowering.writer.add_member(member, model)
-    lowering.engines.append(
-        EngineSpec(name, kind, member, tuple(map(port_spec, inputs)), tuple(map(port_spec, outputs)), used)
-    )
-    return inputs
-
-
 def _early_calls(lowering: _Lowering, scope: Scope, stages: Sequence[Stage]) -> tuple[Call, ...]:
     calls = []
     for stage in stages:
-        inputs = _engine(lowering, stage.name, str(scope), [stage], stage.outputs)
-        outputs = tuple(Ref(str(scope), port_name(node)) for node in stage.outputs)
-        calls.append(Call(stage.name, tuple(_ref(lowering, node) for node in inputs), outputs))
+        specs = [{node: port_spec(node) for node in nodes} for nodes in (stage.inputs, stage.outputs)]
+        operation = Operation("stage", stage.inputs, stage.outputs, stage.name)
+        model, used = compose(
+            stage.name, [operation], {stage.name: stage}, lowering.templates, specs[0], specs[1], lowering.stored
+        )
+        member = f"engines/{stage.name}.onnx"
+        lowering.writer.add_member(member, model)
+        ports = tuple(specs[0].values()), tuple(specs[1].values())
+        lowering.engines.append(EngineSpec(stage.name, str(scope), member, *ports, used))
+        inputs = tuple(_early_reference(lowering.program, node) for node in stage.inputs)
+        calls.append(Call(stage.name, inputs, tuple(Ref(str(scope), port_name(node)) for node in stage.outputs)))
     return tuple(calls)
 
 
-def _groups(stages: Sequence[Stage], granularity: str) -> list[list[Stage]]:
-    if granularity == "step":
-        return [list(stages)] if stages else []
-    groups: list[list[Stage]] = [[]]
-    for stage in stages:
-        groups[-1].append(stage)
-        if stage.kind == "component":
-            groups.append([])
-    return [group for group in groups if group]
+def _early_reference(program: Program, node: Node) -> Ref:
+    return Ref("input" if node.op == "placeholder" else str(program.scopes[node]), port_name(node))
 
 
-def _step_calls(
-    lowering: _Lowering, groups: Sequence[Sequence[Stage]]
-) -> tuple[tuple[Call, ...], tuple[BufferSpec, ...]]:
-    final = outputs_of(lowering.program.graph)[0]
-    readers: dict[Node, int] = {}
-    for index, group in enumerate(groups):
-        for stage in group:
-            readers |= dict.fromkeys(stage.inputs, index)
-    calls: list[Call] = []
-    written: dict[Node, int] = {}
-    for index, group in enumerate(groups):
-        outputs = [node for stage in group for node in stage.outputs if readers.get(node, -1) > index or node is final]
-        name = "step" if len(groups) == 1 else f"step.{index:03d}"
-        inputs = _engine(lowering, name, "step", group, outputs)
-        places = tuple(Ref("output", "output") if node is final else Ref("buffer", port_name(node)) for node in outputs)
-        written |= dict.fromkeys((node for node in outputs if node is not final), index)
-        calls.append(Call(name, tuple(_ref(lowering, node) for node in inputs), places))
-    return tuple(calls), assign_slots(written, readers)
-
-
-def assign_slots(written: Mapping[Node, int], last_read: Mapping[Node, int]) -> tuple[BufferSpec, ...]:
-    """Buffers in slots so that two in one slot are never live at the same engine; best fit by size at two rows."""
-    slots: list[tuple[int, int]] = []  # (bytes at two rows, engine after which it is free)
-    specs = []
-    for node, start in sorted(written.items(), key=lambda pair: (pair[1], pair[0].name)):
-        size = elements(shape_of(node), 2) * int(node.meta["val"].element_size())
-        free = [index for index, (_, until) in enumerate(slots) if until < start]
-        chosen = min(free, key=lambda index: abs(slots[index][0] - size), default=None)
-        if chosen is None:
-            slots.append((size, last_read[node]))
-            chosen = len(slots) - 1
-        else:
-            slots[chosen] = (max(size, slots[chosen][0]), last_read[node])
-        specs.append(BufferSpec(port_name(node), dtype_of(node), shape_of(node), chosen))
-    return tuple(specs)
+def _step(lowering: _Lowering, granularity: str) -> StepPlan:
+    """The step's engines are written, named by the order in which they are first used."""
+    planner = StepPlanner(lowering.program, lowering.templates, lowering.stored)
+    step = planner.plan(lowering.program.schedule, finest=granularity == "component")
+    names: dict[str, str] = {}
+    for key, engine in step.engines.items():
+        name = names[key] = "step" if len(step.engines) == 1 else f"step.{len(names):03d}"
+        member = f"engines/{name}.onnx"
+        lowering.writer.add_member(member, engine.model)
+        lowering.engines.append(EngineSpec(name, "step", member, engine.inputs, engine.outputs, engine.weights))
+    step.programs = tuple(
+        tuple(Call(names[call.engine], call.inputs, call.outputs) for call in program) for program in step.programs
+    )
+    for name, value in step.scalars.items():
+        lowering.extra.append(lowering.writer.add_weight(name, value))
+        lowering.constants.append(ConstantSpec(name, name, per_call=False, rows=False))
+    return step
 
 
 def _store_timestep_tables(lowering: _Lowering, stages: Sequence[Stage]) -> None:

@@ -1,7 +1,9 @@
-"""The graph is cut into stages: one per early scope, and in the step a chain of glue and components.
+"""The graph is cut into stages: one per early scope, and in the step a chain of components, residuals and glue.
 
-Equal stages share a template and are lowered once, however deep the model is. Stages are in a linear order: a glue
-node comes after the last component that it depends on, so the chain is always executable from left to right.
+The gates and residual adds behind a component are a stage of their own where nothing else lies between them: there
+the stream can be read, and a component left out. Equal stages share a template and are lowered once, however deep
+the model is. Stages are in a linear order: a glue node comes after the last component that it depends on, so the
+chain is always executable from left to right.
 
 Shapes    ports are contiguous tensors; a component's outputs are its branch tensors and nothing else.
 Numerics  bitwise equal.
@@ -10,16 +12,17 @@ Refuses   a step in which a value between components has another size than the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from torch.fx import Node
 
-from dcc.ir.components import Component, find_components
+from dcc.ir.components import Component, find_components, residual_adds
 from dcc.ir.extract import boundary_outputs, cut
 from dcc.ir.graph import (
     ancestors,
+    descendants,
     dtype_of,
     has_rows,
     is_static,
@@ -30,7 +33,7 @@ from dcc.ir.graph import (
     type_text,
 )
 from dcc.ir.ops import flops_of
-from dcc.ir.program import PassReport, Program, Scope, Stage
+from dcc.ir.program import PassReport, Program, Residual, Scope, Stage
 
 EARLY = (Scope.TIMESTEP, Scope.REQUEST, Scope.TABLE)
 
@@ -49,13 +52,17 @@ class CutStages:
         constants = {node for node, scope in program.scopes.items() if scope is Scope.CONSTANT and not is_weight(node)}
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         names: set[str] = set()
-        parts, obstacle = _parts(program)
+        parts, residuals, obstacle = _parts(program)
         for kind, nodes in parts:
             outputs = sorted(boundary_outputs(nodes), key=order.__getitem__)
             outputs += [node for node in final if node in nodes and node not in outputs]
             if not outputs:
                 continue
             self._add_stage(program, kind, nodes, outputs, constants, names)
+            if kind == "residual":
+                program.stages[-1].residuals = tuple(
+                    Residual(node, *residuals[node]) for node in nodes if node in residuals
+                )
         components = [stage for stage in program.stages if stage.kind == "component"]
         distinct = len({stage.template for stage in components})
         flops: dict[str, int] = {}
@@ -87,8 +94,8 @@ class CutStages:
         program.stages.append(stage)
 
 
-def _parts(program: Program) -> tuple[list[tuple[str, list[Node]]], str | None]:
-    """The stages' nodes in order, and why the step could not be cut."""
+def _parts(program: Program) -> tuple[list[tuple[str, list[Node]]], dict[Node, tuple[Node, Node]], str | None]:
+    """The stages' nodes in order, the residual adds, and why the step could not be cut."""
     parts = []
     for scope in EARLY:
         nodes = [
@@ -104,13 +111,16 @@ def _parts(program: Program) -> tuple[list[tuple[str, list[Node]]], str | None]:
     for node in (node for _, nodes in links for node in boundary_outputs(nodes)):
         shape = shape_of(node)
         if not is_static(shape) and not has_rows(shape):
-            return [*parts, ("glue", step)], f"{type_text(dtype_of(node), shape)} between components cannot be a port"
-    return parts + links, None
+            why = f"{type_text(dtype_of(node), shape)} between components cannot be a port"
+            return [*parts, ("glue", step)], {}, why
+    return parts + links, residual_adds(step, early), None
 
 
 def chain(step: list[Node], early: set[Node]) -> list[tuple[str, list[Node]]]:
-    """Glue and components of the step in executable order; every step node is in exactly one part."""
+    """Glue, components and residuals of the step in executable order; every step node is in exactly one part."""
     components = _executable(find_components(step, early), step)
+    results = {node for component in components for node in component.results}
+    adds = {add: branch for add, (_, branch) in residual_adds(step, early).items() if branch in results}
     owner = {node: index for index, component in enumerate(components) for node in component.nodes}
     level: dict[Node, int] = {}
     glue: dict[int, list[Node]] = {}
@@ -123,11 +133,24 @@ def chain(step: list[Node], early: set[Node]) -> list[tuple[str, list[Node]]]:
         glue.setdefault(level[node], []).append(node)
     parts: list[tuple[str, list[Node]]] = []
     for index in range(len(components) + 1):
-        if index in glue:
-            parts.append(("glue", glue[index]))
+        parts += _split_residual(glue.get(index, []), adds)
         if index < len(components):
             parts.append(("component", list(components[index].nodes)))
     return parts
+
+
+def _split_residual(glue: list[Node], adds: Mapping[Node, Node]) -> list[tuple[str, list[Node]]]:
+    """Glue before, the residual adds with their gates, glue after; all of it glue where that order is impossible."""
+    inside = set(glue)
+    members: set[Node] = set()
+    for add, branch in adds.items():
+        if add in inside:
+            members |= ancestors([add], inside) & descendants([branch], inside | {branch})
+    before = ancestors(members, inside) - members
+    if not members or any(source in members for node in before for source in tensor_inputs(node)):
+        return [("glue", glue)] if glue else []
+    parts = [("glue", before), ("residual", members), ("glue", inside - members - before)]
+    return [(kind, [node for node in glue if node in nodes]) for kind, nodes in parts if nodes]
 
 
 def _executable(components: list[Component], step: list[Node]) -> list[Component]:

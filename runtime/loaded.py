@@ -17,9 +17,11 @@ import numpy as np
 
 from dcc.errors import Cancelled, ExecutionError, UsageError
 from dcc.runtime.artifact import Artifact, Check
+from dcc.runtime.guidance import Halves
 from dcc.runtime.noise import Noise
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from dcc.runtime.plan import InputSpec, Plan
+from dcc.runtime.request import Request
 from dcc.runtime.sampler import Sampler, SamplerTable
 from dcc.runtime.workspace import Workspace
 
@@ -63,9 +65,17 @@ def load(
 class LoadedArtifact:
     """See the module's text. Safe to use from several threads: requests queue, one runs at a time."""
 
-    def __init__(self, artifact: Artifact, backend: OnnxRuntimeBackend) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        backend: OnnxRuntimeBackend,
+        plan: Plan | None = None,
+        constants: Mapping[str, Array] | None = None,
+    ) -> None:
+        """`plan` replaces the artifact's own: another step over the same weights, as a search tries them out."""
         self.artifact = artifact
-        self.plan: Plan = artifact.plan
+        self.plan: Plan = artifact.plan if plan is None else plan
+        self._constants = constants
         table = artifact.manifest["sampler"]
         self.sampler: SamplerTable | None = None if table is None else SamplerTable.from_json(table)
         if self.sampler is not None and len(self.sampler.calls) != len(self.plan.order):
@@ -116,6 +126,31 @@ class LoadedArtifact:
         one generator per image. `noise` replaces the first draw. `callback` is told after every sampler call and
         stops the request by returning False, `cancel` by being set; both raise Cancelled.
         """
+        with self.request(
+            conditions, negative_conditions=negative_conditions, images=images, guidance_scale=guidance_scale,
+            seed=seed, noise=noise,
+        ) as request:  # fmt: skip
+            calls = request.calls
+            for call in range(calls):
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled("the request was cancelled", at=f"sampler call {call} of {calls}")
+                current = request.advance(call, request.output(call))
+                if callback is not None and callback(Progress(call, calls, current)) is False:
+                    raise Cancelled("the callback stopped the request", at=f"sampler call {call} of {calls}")
+            return request.sampler.latent.astype(np.float32)
+
+    @contextmanager
+    def request(
+        self,
+        conditions: Mapping[str, Any] | None = None,
+        *,
+        negative_conditions: Mapping[str, Any] | None = None,
+        images: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        noise: Array | None = None,
+    ) -> Iterator[Request]:
+        """A generation to be walked through call by call, ready for the first; the artifact is taken meanwhile."""
         if self.sampler is None:
             raise ExecutionError(
                 "the artifact was compiled without a sampler: it can only denoise", next="compile with --sampler"
@@ -129,50 +164,17 @@ class LoadedArtifact:
         source = Noise(seed if isinstance(seed, int | np.integer) else list(seed), count)
         start = source.draw(shape[1:]) if noise is None else self._given_noise(noise, shape)
         values = self._condition_rows(conditions or {}, negative_conditions, count, guided)
-        with self._request():
+        with self._taken():
             space = self._workspace(rows)
             for name, array in values.items():
                 np.copyto(space.inputs[name], array)
             space.call_timesteps = np.asarray([call.timestep for call in self.sampler.calls], np.float64)
             space.prepare(None)
-            return self._loop(space, start, source, shape, scale, callback, cancel)
-
-    def _loop(
-        self, space: Workspace, start: Array, source: Noise, shape: tuple[int, ...], scale: float,
-        callback: Callback | None, cancel: threading.Event | None,
-    ) -> Array:  # fmt: skip
-        assert self.sampler is not None
-        count, calls = shape[0], len(self.plan.order)
-        if shape not in self._samplers:
-            self._samplers[shape] = Sampler(self.sampler, shape)
-        sampler = self._samplers[shape]
-        sampler.start(start)
-        latent = space.inputs[self.latent.name]
-        timestep = next((space.inputs[item.name] for item in self.plan.inputs if item.role == "timestep"), None)
-        for call, program in enumerate(self.plan.order):
-            if cancel is not None and cancel.is_set():
-                raise Cancelled("the request was cancelled", at=f"sampler call {call} of {calls}")
-            np.copyto(latent[:count], sampler.model_input(call), casting="same_kind")
-            if space.rows > count:
-                np.copyto(latent[count:], latent[:count])
-            if timestep is not None:
-                timestep.fill(self.sampler.calls[call].timestep)
-            output = space.step(call, program)
-            if space.rows > count:
-                output = self._guide(output, count, scale)
-            current = sampler.advance(call, output, lambda dtype: source.draw(shape[1:], dtype))
-            if callback is not None and callback(Progress(call, calls, current)) is False:
-                raise Cancelled("the callback stopped the request", at=f"sampler call {call} of {calls}")
-        return sampler.latent.astype(np.float32)
-
-    def _guide(self, output: Array, count: int, scale: float) -> Array:
-        """`u + s (c - u)` on the predicted channels, in place of the conditional half; the rest is its own."""
-        channels = self.guidance["channels"]
-        wanted, null = output[:count, :channels], output[count:, :channels]
-        np.subtract(wanted, null, out=wanted)
-        np.multiply(wanted, np.float32(scale), out=wanted)
-        np.add(wanted, null, out=wanted)
-        return output[:count]
+            if shape not in self._samplers:
+                self._samplers[shape] = Sampler(self.sampler, shape)
+            sampler = self._samplers[shape]
+            sampler.start(start)
+            yield Request(space, sampler, Halves(space, count, scale, self.guidance["channels"]), source)
 
     def denoise(self, **inputs: Any) -> Array:
         """The denoiser's output for its own inputs, at any timesteps: what the model's forward returns."""
@@ -184,7 +186,7 @@ class LoadedArtifact:
         self._check_rows(rows, rows)
         arrays = {item.name: self._array(item, inputs[item.name], rows) for item in self.plan.inputs}
         times = next((arrays[item.name] for item in self.plan.inputs if item.role == "timestep"), None)
-        with self._request():
+        with self._taken():
             space = self._workspace(rows)
             for name, array in arrays.items():
                 np.copyto(space.inputs[name], array)
@@ -192,7 +194,7 @@ class LoadedArtifact:
             return space.step(0, self.plan.order[0] if self.plan.order else 0).copy()
 
     @contextmanager
-    def _request(self) -> Iterator[None]:
+    def _taken(self) -> Iterator[None]:
         if self._owner == threading.get_ident():
             raise ExecutionError("a callback cannot start a request on the artifact that is calling it")
         with self._lock:
@@ -203,7 +205,9 @@ class LoadedArtifact:
                 self._owner = None
 
     def _workspace(self, rows: int) -> Workspace:
-        space = self._workspaces.pop(rows, None) or Workspace(self.artifact, self._backend, rows)
+        space = self._workspaces.pop(rows, None) or Workspace(
+            self.artifact, self._backend, rows, self.plan, self._constants
+        )
         self._workspaces[rows] = space
         while len(self._workspaces) > KEPT_WORKSPACES:
             del self._workspaces[next(iter(self._workspaces))]

@@ -12,12 +12,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dcc.errors import ExecutionError
-from dcc.runtime.artifact import Artifact
+from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -74,21 +75,34 @@ class OnnxRuntimeBackend:
     """Sessions for the engines of one artifact, made when first asked for."""
 
     def __init__(
-        self, artifact: Artifact, threads: int | None = None, low_memory: bool = False, own_process: bool = False
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        low_memory: bool = False,
+        own_process: bool = False,
+        several: bool = False,
     ) -> None:
+        """`several` says that a step will have several engines although the artifact's has one."""
         self._artifact = artifact
         self._threads = default_threads() if threads is None else threads
         self._low_memory = low_memory
         self._sessions: dict[str, Any] = {}
+        self._models: dict[str, bytes] = {}
         self._lock = threading.Lock()
         # One engine a step is a little faster with memory of its own; several are much faster with common memory.
-        self._several = sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
+        self._several = several or sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
         # A step of several engines wakes the threads of each in turn, unless all share one pool.
         self._shared_pool = own_process and self._several
         if self._several:
             _share_arena()
         if self._shared_pool:
             _share_pool(self._threads)
+
+    def provide(self, engine: str, model: bytes) -> None:
+        """The engine has this model, whose weights lie in the artifact; used where plans are tried out."""
+        self._models[engine] = model.replace(
+            EXTERNAL_LOCATION_PLACEHOLDER.encode("ascii"), external_location(Path(self._artifact.path).name)
+        )
 
     def session(self, engine: str) -> Any:
         """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
@@ -118,7 +132,7 @@ class OnnxRuntimeBackend:
             entries["session.disable_prepacking"] = "1"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
-        model = self._artifact.engine_model(engine)
+        model = self._models.get(engine) or self._artifact.engine_model(engine)
         try:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own family of types

@@ -12,7 +12,8 @@ Life of a request:
    they fill *table ports*, `[calls, B, ...]`.
 3. For sampler call `i`, the calls of `step_programs[order[i]]` run: they read the latent, request ports,
    constants and row `i` of table ports and of timestep constants, pass values through `buffers`, and write
-   the output of the denoiser.
+   the output of the denoiser. Values that later sampler calls read lie in `histories`. Under guidance,
+   `guidance[i]` says whether both halves of the batch run or the conditional one alone.
 
 `denoise` at any timestep runs `timestep` calls (timestep-only values for the timesteps given), then the same
 `request` and `table` calls as if there were one sampler call, then one step.
@@ -106,14 +107,15 @@ class Ref:
 
     `input` (an input of the denoiser), `constant`, `timestep` (a timestep-only value: row of a `per_call`
     constant in `sample`, output of the timestep calls in `denoise`), `request` and `table` (ports filled by
-    those calls), `buffer` (a value between two step engines), `output` (the denoiser's output).
+    those calls), `buffer` (a value between two step engines), `history` (a value for later sampler calls), `output`
+    (the denoiser's output).
     """
 
     kind: str
     name: str
 
 
-REF_KINDS = ("input", "constant", "timestep", "request", "table", "buffer", "output")
+REF_KINDS = ("input", "constant", "timestep", "request", "table", "buffer", "history", "output")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,21 @@ class PortSpec:
 
 
 @dataclass(frozen=True)
+class CallGuidance:
+    """How one sampler call is guided. `mode` is one of
+
+    `both` (both halves run), `conditional` (the conditional half alone, unguided), `reuse` (the conditional half;
+    the difference of the halves is the sum of `weights` times those of earlier `both` calls, newest first).
+    """
+
+    mode: str
+    weights: tuple[float, ...]
+
+
+GUIDANCE_MODES = ("both", "conditional", "reuse")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole compiled loop; see the module's text for how it is executed."""
 
@@ -163,11 +180,13 @@ class Plan:
     request_ports: tuple[PortSpec, ...]
     table_ports: tuple[PortSpec, ...]
     buffers: tuple[BufferSpec, ...]
+    histories: tuple[TensorSpec, ...]
     timestep: tuple[Call, ...]
     request: tuple[Call, ...]
     table: tuple[Call, ...]
     step_programs: tuple[tuple[Call, ...], ...]
     order: tuple[int, ...]
+    guidance: tuple[CallGuidance, ...]
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

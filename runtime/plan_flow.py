@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from dcc.errors import ArtifactError
 from dcc.runtime.plan import (
+    GUIDANCE_MODES,
     BufferSpec,
     Call,
     ConstantSpec,
@@ -19,6 +20,7 @@ from dcc.runtime.plan import (
     PortSpec,
     Ref,
     Shape,
+    TensorSpec,
     WeightSpec,
 )
 from dcc.runtime.strict_json import shown
@@ -30,13 +32,13 @@ READS = {
     "timestep": ("input", "constant", "timestep"),
     "request": ("input", "constant", "request"),
     "table": ("input", "constant", "timestep", "request", "table"),
-    "step": ("input", "constant", "timestep", "request", "table", "buffer"),
+    "step": ("input", "constant", "timestep", "request", "table", "buffer", "history"),
 }
 WRITES = {
     "timestep": ("timestep",),
     "request": ("request",),
     "table": ("table",),
-    "step": ("buffer", "output"),
+    "step": ("buffer", "history", "output"),
 }
 INPUT_ROLES = {
     "timestep": ("timestep",),
@@ -137,6 +139,44 @@ def check_liveness(plan: Plan) -> None:
             last[slots[name]] = (final, name)
 
 
+def check_histories(plan: Plan) -> None:
+    """histories-are-written-before-read: by an earlier sampler call or engine, for both halves where both are read.
+
+    No engine writes a history that it reads. The first sampler call reads no value of another one: `denoise` runs
+    its program alone.
+    """
+    rule = "histories-are-written-before-read"
+    written: dict[str, bool] = {}  # whether the value holds for both halves
+    modes = [entry.mode == "both" for entry in plan.guidance] or [True] * len(plan.order)
+    for number, (program, both) in enumerate(zip(plan.order or (0,), modes or [True], strict=True)):
+        for index, call in enumerate(plan.step_programs[program]):
+            at = f"sampler call {number}, step program {program}, call {index}"
+            reads = [ref.name for ref in call.inputs if ref.kind == "history"]
+            writes = [ref.name for ref in call.outputs if ref.kind == "history"]
+            for name in reads:
+                if name not in written or (both and not written[name]) or name in writes:
+                    halves = "both halves" if both else "the conditional half"
+                    got = f"reads history {shown(name)}, not written for {halves} yet"
+                    got = f"writes {shown(name)}, which it reads" if name in writes else got
+                    raise broken(rule, at, got, "written before")
+            written |= dict.fromkeys(writes, both)
+
+
+def check_guidance(plan: Plan) -> None:
+    """guidance-has-its-differences: a known mode for every sampler call; weights only of earlier guided calls."""
+    if plan.guidance and len(plan.guidance) != len(plan.order):
+        got, want = f"{len(plan.guidance)} modes", f"{len(plan.order)}, one per sampler call, or none"
+        raise broken("guidance-has-its-differences", "guidance", got, want)
+    known = 0
+    for index, entry in enumerate(plan.guidance):
+        fits = len(entry.weights) <= known and bool(entry.weights) == (entry.mode == "reuse")
+        if entry.mode not in GUIDANCE_MODES or not fits:
+            got = f"{shown(entry.mode)} with {len(entry.weights)} weights after {known} guided calls"
+            want = f"{', '.join(GUIDANCE_MODES)}; weights for reuse alone"
+            raise broken("guidance-has-its-differences", f"guidance[{index}]", got, want)
+        known += entry.mode == "both"
+
+
 def _programs(plan: Plan) -> Iterator[tuple[str, str, tuple[Call, ...]]]:
     """Scope, name and calls of every straight line of calls, in the order in which they run."""
     yield "timestep", "timestep calls", plan.timestep
@@ -149,9 +189,9 @@ def _programs(plan: Plan) -> Iterator[tuple[str, str, tuple[Call, ...]]]:
 def _places(plan: Plan) -> dict[Ref, Value]:
     """Everything that a call may name, with its dtype and shape as an engine sees it."""
     weights = {weight.name: weight for weight in plan.weights}
-    tables: tuple[tuple[str, Iterable[InputSpec | PortSpec | BufferSpec]], ...] = (
+    tables: tuple[tuple[str, Iterable[InputSpec | PortSpec | BufferSpec | TensorSpec]], ...] = (
         ("input", plan.inputs), ("timestep", plan.timestep_ports), ("request", plan.request_ports),
-        ("table", plan.table_ports), ("buffer", plan.buffers),
+        ("table", plan.table_ports), ("buffer", plan.buffers), ("history", plan.histories),
     )  # fmt: skip
     places = {Ref(kind, entry.name): (entry.dtype, entry.shape) for kind, entries in tables for entry in entries}
     for constant in plan.constants:

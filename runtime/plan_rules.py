@@ -27,6 +27,8 @@ from dcc.runtime.plan_flow import (
     broken,
     check_bindings,
     check_buffers,
+    check_guidance,
+    check_histories,
     check_liveness,
     check_ports,
     check_timesteps,
@@ -42,7 +44,7 @@ TENSOR_LIMIT = 2**48
 WEIGHT_ALIGNMENT = 64
 INTEGERS = {"int64": 63, "int32": 31, "int8": 7, "uint8": 8}
 
-Named = InputSpec | WeightSpec | EngineSpec | ConstantSpec | PortSpec | BufferSpec
+Named = InputSpec | WeightSpec | EngineSpec | ConstantSpec | PortSpec | BufferSpec | TensorSpec
 ROLES = ("latent", "timestep", "condition")
 
 
@@ -57,7 +59,7 @@ def check_names(plan: Plan) -> None:
     tables: dict[str, tuple[Named, ...]] = {
         "inputs": plan.inputs, "weights": plan.weights, "engines": plan.engines, "constants": plan.constants,
         "timestep_ports": plan.timestep_ports, "request_ports": plan.request_ports,
-        "table_ports": plan.table_ports, "buffers": plan.buffers,
+        "table_ports": plan.table_ports, "buffers": plan.buffers, "histories": plan.histories,
     }  # fmt: skip
     for table, entries in tables.items():
         _check_unique((entry.name for entry in entries), table)
@@ -83,7 +85,7 @@ def check_tensors(plan: Plan) -> None:
     ports = [port for engine in plan.engines for port in engine.inputs + engine.outputs]
     specs: tuple[InputSpec | TensorSpec | PortSpec | BufferSpec, ...] = (
         *plan.inputs, plan.output, *plan.timestep_ports, *plan.request_ports, *plan.table_ports,
-        *plan.buffers, *ports,
+        *plan.buffers, *plan.histories, *ports,
     )  # fmt: skip
     for spec in specs:
         _check_tensor(spec.name, spec.dtype, spec.shape, plan.symbols)
@@ -192,5 +194,6 @@ def _check_unique(names: Iterable[str], table: str) -> None:
 RULES: tuple[Callable[[Plan], None], ...] = (
     check_names, check_symbols, check_tensors, check_inputs, check_order, check_weights, check_constants,
     check_engines, check_bindings, check_timesteps, check_ports, check_buffers, check_liveness,
+    check_guidance, check_histories,
 )  # fmt: skip
 """In this order: a rule relies on those before it."""

@@ -6,7 +6,7 @@ Rows of tables are packed so that one copy per sampler call puts all of them whe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from dcc.errors import ExecutionError
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.onnxruntime_backend import Binding, OnnxRuntimeBackend
-from dcc.runtime.plan import Call, EngineSpec, Plan, Ref, Shape
+from dcc.runtime.plan import Call, EngineSpec, Plan, Ref, Shape, TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ALIGNMENT = 64
@@ -56,8 +56,16 @@ class Packed:
 class Workspace:
     """Everything that `rows` rows need, from the inputs to the denoiser's output."""
 
-    def __init__(self, artifact: Artifact, backend: OnnxRuntimeBackend, rows: int) -> None:
-        plan = self.plan = artifact.plan
+    def __init__(
+        self,
+        artifact: Artifact,
+        backend: OnnxRuntimeBackend,
+        rows: int,
+        plan: Plan,
+        constants: Mapping[str, Array] | None = None,
+    ) -> None:
+        """`plan` is the artifact's own, or another step over the same weights, with `constants` that it adds."""
+        self.plan = plan
         self.rows = rows
         # One timestep per sampler call, for models whose tables read the timestep itself.
         self.call_timesteps: Array = np.zeros(0)
@@ -76,9 +84,14 @@ class Workspace:
         )
         self._tables: Array = np.empty((0, self._row.size), np.uint8)
         self._buffers = self._allocate_buffers(plan, rows)
-        self._constants = {item.name: artifact.map_weight(item.weight) for item in plan.constants}
-        self._request_calls = [self._bind(call) for call in plan.request]
-        self._step_programs = [[self._bind(call) for call in program] for program in plan.step_programs]
+        self._histories = {item.name: aligned_empty(concrete(item.shape, rows), item.dtype) for item in plan.histories}
+        given = dict(constants or {})
+        self._constants = given | {
+            item.name: artifact.map_weight(item.weight) for item in plan.constants if item.name not in given
+        }
+        self._request_calls = [self._bind(call, rows) for call in plan.request]
+        # By step program and number of rows: a call that runs one half reads and writes the first rows alone.
+        self._programs: dict[tuple[int, int], list[Binding]] = {}
 
     @staticmethod
     def _allocate_buffers(plan: Plan, rows: int) -> dict[str, Array]:
@@ -94,7 +107,8 @@ class Workspace:
             arrays[buffer.name] = slots[buffer.slot][:size].view(buffer.dtype).reshape(shape)
         return arrays
 
-    def _array(self, ref: Ref) -> Array:
+    def array(self, ref: Ref) -> Array:
+        """Where a call of the step reads or writes."""
         if ref.kind == "input":
             return self.inputs[ref.name]
         if ref.kind == "output":
@@ -103,15 +117,29 @@ class Workspace:
             return self._request[ref.name]
         if ref.kind == "buffer":
             return self._buffers[ref.name]
+        if ref.kind == "history":
+            return self._histories[ref.name]
         if ref.kind == "constant":
             return self._constants[ref.name]
         return self._row.view(f"{ref.kind}/{ref.name}")
 
-    def _bind(self, call: Call) -> Binding:
+    def _bind(self, call: Call, rows: int) -> Binding:
         engine = self._engines[call.engine]
-        inputs = {port.name: self._array(ref) for port, ref in zip(engine.inputs, call.inputs, strict=True)}
-        outputs = {port.name: self._array(ref) for port, ref in zip(engine.outputs, call.outputs, strict=True)}
+
+        def place(port: TensorSpec, ref: Ref) -> Array:
+            array = self.array(ref)
+            return array[:rows] if rows < self.rows and port.shape[:1] == ("B",) else array
+
+        inputs = {port.name: place(port, ref) for port, ref in zip(engine.inputs, call.inputs, strict=True)}
+        outputs = {port.name: place(port, ref) for port, ref in zip(engine.outputs, call.outputs, strict=True)}
         return self._backend.bind(call.engine, inputs, outputs)
+
+    def bind_program(self, program: int, rows: int) -> list[Binding]:
+        """The bound calls of a step program for the first `rows` rows, made when first asked for."""
+        key = program, rows
+        if key not in self._programs:
+            self._programs[key] = [self._bind(call, rows) for call in self.plan.step_programs[program]]
+        return self._programs[key]
 
     def prepare(self, timesteps: Array | None) -> None:
         """Request ports and tables hold the values for what `inputs` hold now.
@@ -187,11 +215,23 @@ class Workspace:
         self._backend.bind(engine.name, inputs, outputs).run()
         return {ref.name: outputs[port.name] for port, ref in zip(engine.outputs, call.outputs, strict=True)}
 
-    def step(self, call: int, program: int) -> Array:
-        """The denoiser's output at sampler call `call` for the latent in `inputs`; valid until the next step."""
+    def step(
+        self, call: int, program: int, rows: int | None = None, told: Callable[[Call], None] | None = None
+    ) -> Array:
+        """The denoiser's output at sampler call `call` for the first `rows` rows of the latent in `inputs`.
+
+        Valid until the next step. All rows run by default. `told` is called after each engine.
+        """
         if call >= len(self._tables):
             raise ExecutionError("a step was run before its tables were prepared", at=f"sampler call {call}")
         np.copyto(self._row.block, self._tables[call])
-        for binding in self._step_programs[program]:
-            binding.run()
-        return self.output
+        rows = self.rows if rows is None else rows
+        bindings = self.bind_program(program, rows)
+        if told is None:
+            for binding in bindings:
+                binding.run()
+        else:
+            for binding, entry in zip(bindings, self.plan.step_programs[program], strict=True):
+                binding.run()
+                told(entry)
+        return self.output[:rows]

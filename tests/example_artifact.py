@@ -91,6 +91,8 @@ def example_plan(weights: tuple[WeightSpec, ...]) -> Plan:
             Call("modulate", (Ref("table", "s"),), (Ref("table", "mod"),)),
         ),
         step_programs=(full, short),
+        histories=(),
+        guidance=(),
         order=(0, 1, 0),
     )
 

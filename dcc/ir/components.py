@@ -31,6 +31,8 @@ class Component:
 class _Branch:
     source: Node  # x: where the branch leaves the stream
     result: Node  # the branch tensor, before its gate
+    add: Node  # where it joins the stream again
+    stream: Node  # what it is added to
 
 
 def find_components(order: list[Node], early: set[Node]) -> list[Component]:
@@ -52,6 +54,12 @@ def find_components(order: list[Node], early: set[Node]) -> list[Component]:
     return sorted(components, key=lambda component: position[component.nodes[-1]])
 
 
+def residual_adds(order: list[Node], early: set[Node]) -> dict[Node, tuple[Node, Node]]:
+    """Every residual add among the step nodes, with the stream and the branch tensor that it adds."""
+    inside = set(order)
+    return {branch.add: (branch.stream, branch.result) for branch in _branches(order, inside, inside | early)}
+
+
 def _branches(order: list[Node], inside: set[Node], known: set[Node]) -> list[_Branch]:
     accumulated: dict[Node, Node] = {}
     branches = []
@@ -67,7 +75,7 @@ def _branches(order: list[Node], inside: set[Node], known: set[Node]) -> list[_B
             source = _source_of(stream, branch, known, accumulated) if branch in inside else None
             if source is not None:
                 accumulated[node] = stream
-                branches.append(_Branch(source, _before_gate(branch, inside)))
+                branches.append(_Branch(source, _before_gate(branch, inside), node, stream))
                 break
     return branches
 

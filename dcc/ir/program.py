@@ -63,12 +63,21 @@ class Guidance:
     channels: int | None = None
 
 
+@dataclass(frozen=True)
+class Residual:
+    """`add` is `stream` plus the gated `branch`, which is a component's result."""
+
+    add: Node
+    stream: Node
+    branch: Node
+
+
 @dataclass
 class Stage:
     """A run of nodes with ports: inputs and outputs are nodes of the Program's graph, weights are names.
 
-    `kind` is component, glue, or the scope that the stage fills. `template` is the hash under which its body is
-    lowered once, however many stages share it.
+    `kind` is component, residual (gates and residual adds, nothing else), glue, or the scope that the stage fills.
+    `template` is the hash under which its body is lowered once, however many stages share it.
     """
 
     name: str
@@ -78,6 +87,7 @@ class Stage:
     outputs: tuple[Node, ...] = ()
     weights: tuple[str, ...] = ()
     template: str = ""
+    residuals: tuple[Residual, ...] = ()
 
 
 @dataclass
@@ -118,6 +128,11 @@ class Program:
     @property
     def latent(self) -> Input:
         return self.input(Role.LATENT)[0]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components, in the order in which they run."""
+        return tuple(stage.name for stage in self.stages if stage.kind == "component")
 
     @property
     def calls(self) -> int:

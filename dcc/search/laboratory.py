@@ -1,0 +1,239 @@
+"""Where schedules are tried out: a Program, its engines cut at every component, and exact samples to compare with.
+
+Nothing is built per candidate but small engines without weights: components that a schedule reuses are simply not
+called. What is measured is the samples' distance from the exact ones, on one set of seeds and conditions for the
+search and on another for the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcc.conditions import negatives_for, rows_for, with_classes, without_null
+from dcc.errors import UsageError
+from dcc.exports.artifact_writer import ArtifactWriter
+from dcc.exports.compose import StoredWeights
+from dcc.exports.lower import lower
+from dcc.exports.step_plan import StepPlan, StepPlanner
+from dcc.exports.templates import OnnxTemplate, export_templates
+from dcc.exports.unroll import step_stages
+from dcc.ir.measurements import Features, Measurements, measure
+from dcc.ir.program import Program
+from dcc.ir.schedule import Schedule, full_schedule
+from dcc.quality import psnr, ssim
+from dcc.runtime.artifact import Artifact
+from dcc.runtime.loaded import LoadedArtifact
+from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from dcc.runtime.plan import Call, ConstantSpec, EngineSpec, Plan
+
+Array = np.ndarray[Any, np.dtype[Any]]
+SEARCH_SEED, HELD_OUT_SEED = 1_000, 9_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One generation under a schedule: samples and wall seconds."""
+
+    samples: Array
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is sampled: one seed and one row of conditions an image. `exact` is filled in by the Laboratory."""
+
+    seeds: tuple[int, ...]
+    conditions: Mapping[str, Any]
+    guidance_scale: float | None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.seeds)
+
+
+class Laboratory:
+    """See the module's text. `folder` keeps the weights that the engines read; it must outlive the Laboratory."""
+
+    def __init__(
+        self,
+        program: Program,
+        folder: Path,
+        *,
+        images: int = 16,
+        guidance_scale: float | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        threads: int | None = None,
+        templates: Mapping[str, OnnxTemplate] | None = None,
+    ) -> None:
+        """Raises UsageError for a program without sampler or components."""
+        if program.sampler is None:
+            raise UsageError("a schedule needs a sampler", next="name one with --sampler (dcc samplers lists them)")
+        if not program.components:
+            raise UsageError("no component was found, so there is nothing to schedule", at=program.name)
+        self.program = program
+        self.templates = export_templates(program.templates) if templates is None else templates
+        path = folder / "laboratory.dcc"
+        self._plan = _write_base(program, path, self.templates)
+        artifact = Artifact.open(path, check="fast")
+        stored = StoredWeights(_stored_weights(program, self._plan, self.templates), _weights_base(artifact))
+        self._planner = StepPlanner(program, self.templates, stored)
+        self._backend = OnnxRuntimeBackend(artifact, threads, own_process=True, several=True)
+        self._artifact = artifact
+        self._provided: set[str] = set()
+        exact = self.load(None)
+        self.search, self.held_out = (
+            self._requests(exact, range(first, first + images), conditions or {}, guidance_scale)
+            for first in (SEARCH_SEED, HELD_OUT_SEED)
+        )
+        self._exact: dict[tuple[int, ...], list[Array]] = {}
+
+    def _requests(
+        self, loaded: LoadedArtifact, seeds: Sequence[int], conditions: Mapping[str, Any], scale: float | None
+    ) -> Requests:
+        values = rows_for(loaded, with_classes(loaded, conditions, ()), len(seeds))
+        return Requests(tuple(seeds), values, scale)
+
+    def plan_of(self, schedule: Schedule | None, finest: bool = True) -> StepPlan:
+        """The step under the schedule; its engines are ready to be bound."""
+        step = self._planner.plan(schedule, finest)
+        for key, engine in step.engines.items():
+            if key not in self._provided:
+                self._backend.provide(key, engine.model)
+                self._provided.add(key)
+        return step
+
+    def load(self, schedule: Schedule | None, finest: bool = True) -> LoadedArtifact:
+        """Ready to sample under the schedule, exact without one. `finest` False merges engines as shipped."""
+        step = self.plan_of(schedule, finest)
+        engines = tuple(
+            EngineSpec(key, "step", "", engine.inputs, engine.outputs, engine.weights)
+            for key, engine in step.engines.items()
+        )
+        plan = replace(
+            self._plan,
+            engines=(*(engine for engine in self._plan.engines if engine.kind != "step"), *engines),
+            constants=(*self._plan.constants, *(ConstantSpec(name, name, False, False) for name in step.scalars)),
+            buffers=step.buffers,
+            histories=step.histories,
+            step_programs=step.programs,
+            order=step.order or self._plan.order,
+            guidance=step.guidance,
+        )
+        return LoadedArtifact(self._artifact, self._backend, plan, step.scalars)
+
+    def request_values(self, loaded: LoadedArtifact, requests: Requests) -> dict[str, Any]:
+        """Arguments of `LoadedArtifact.sample` and `request`."""
+        unknown = without_null(loaded)
+        negatives = {key: value for key, value in negatives_for(loaded, requests.images).items() if key in unknown}
+        guided = loaded.guidance["mode"] == "cfg" and requests.guidance_scale != 1.0
+        return {
+            "conditions": dict(requests.conditions),
+            "negative_conditions": negatives if guided else None,
+            "images": requests.images,
+            "guidance_scale": requests.guidance_scale,
+            "seed": list(requests.seeds),
+        }
+
+    def run(self, schedule: Schedule | None, requests: Requests, finest: bool = True) -> Trial:
+        """The samples under the schedule and the seconds that they took, loading not counted."""
+        loaded = self.load(schedule, finest)
+        start = time.perf_counter()
+        samples = loaded.sample(**self.request_values(loaded, requests))
+        return Trial(samples, time.perf_counter() - start)
+
+    def exact_trajectory(self, requests: Requests) -> list[Array]:
+        """The exact latents after each sampler call; the last are the exact samples."""
+        if requests.seeds not in self._exact:
+            loaded = self.load(None)
+            latents: list[Array] = []
+            with loaded.request(**self.request_values(loaded, requests)) as request:
+                for call in range(request.calls):
+                    latents.append(request.advance(call, request.output(call)).copy())
+            self._exact[requests.seeds] = latents
+        return self._exact[requests.seeds]
+
+    def quality(self, samples: Array, requests: Requests) -> tuple[float, float, float | None]:
+        """Mean squared error, PSNR in dB and SSIM of samples against the exact ones."""
+        exact = self.exact_trajectory(requests)[-1].astype(np.float32)
+        error = float(np.mean((samples.astype(np.float64) - exact) ** 2))
+        return error, psnr(samples, exact), ssim(samples, exact)
+
+    def features(self, requests: Requests) -> Iterator[Features]:
+        """What each call of an exact run shows."""
+        schedule = full_schedule(self.program.components, self.program.calls)
+        loaded, step = self.load(schedule), self.plan_of(schedule)
+        first, branches, streams = _observed(self.program)
+        watched = {first, *branches, *streams}
+        with loaded.request(**self.request_values(loaded, requests)) as request:
+            for call in range(request.calls):
+                values: dict[str, Array] = {}
+
+                def told(entry: Call, values: dict[str, Array] = values) -> None:
+                    for port, ref in zip(step.engines[entry.engine].outputs, entry.outputs, strict=True):
+                        if port.name in watched:
+                            values[port.name] = request.space.array(ref).copy()
+
+                latent = np.array(request.sampler.latent)
+                output = request.output(call, told)
+                whole = np.array(request.space.output)
+                values.setdefault(first, latent)
+                yield Features(
+                    call, latent, whole, request.halves.count, tuple(values[name] for name in branches),
+                    tuple(values[name] for name in (first, *streams)),
+                )  # fmt: skip
+                request.advance(call, output)
+
+    def measurements(self) -> Measurements:
+        """What calibrated schedules stand on, from the search's requests."""
+        return measure(self.features(self.search), self.program.components)
+
+
+def _write_base(program: Program, path: Path, templates: Mapping[str, OnnxTemplate]) -> Plan:
+    from dcc.driver import _manifest
+
+    plain = replace(program, schedule=None)
+    with ArtifactWriter(path) as writer:
+        plan = lower(plain, writer, "component", templates=templates)
+        writer.finish(_manifest(plain, plan, "laboratory", "cpu", {}))
+    return plan
+
+
+def _weights_base(artifact: Artifact) -> int:
+    from dcc.runtime.container import WEIGHTS_MEMBER
+
+    return artifact.member_offset(WEIGHTS_MEMBER)
+
+
+def _stored_weights(program: Program, plan: Plan, templates: Mapping[str, OnnxTemplate]) -> dict[tuple[str, bool], Any]:
+    specs = {spec.name: spec for spec in plan.weights}
+    found = {}
+    for stage in program.stages:
+        for index, name in enumerate(stage.weights):
+            transposed = index in templates[stage.template].transposed
+            found[name, transposed] = specs[f"{name}^T" if transposed else name]
+    return found
+
+
+def _observed(program: Program) -> tuple[str, list[str], list[str]]:
+    """Ports to watch: the stream before the first component, each component's result, the stream after each."""
+    stages = step_stages(program)
+    branches, streams = [], []
+    first = ""
+    for index, stage in enumerate(stages):
+        if stage.kind != "component":
+            continue
+        branches.append(stage.outputs[0].name)
+        after = next((item for item in stages[index + 1 :] if item.kind != "glue"), None)
+        if after is not None and after.kind == "residual":
+            item = max(after.residuals, key=lambda item: item.add.meta["val"].numel())
+            streams.append(item.add.name)
+            first = first or item.stream.name
+        else:
+            streams.append(streams[-1] if streams else stage.outputs[0].name)
+    return first or branches[0], branches, streams
