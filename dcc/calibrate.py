@@ -30,7 +30,7 @@ from onnx import TensorProto, helper
 from torch.fx import Node
 
 from dcc.conditions import negatives_for, rows_for, with_classes
-from dcc.cost_model.roofline import LoopWork, call_part, request_part
+from dcc.cost_model.roofline import LoopWork, call_part, predict, request_part
 from dcc.cost_model.table import CALL, ENGINE, REQUEST, CalibrationTable, Measurement, machine_of_this_process
 from dcc.cost_model.work import EngineWork, Part, combination_part, stage_part, sum_part
 from dcc.errors import Cancelled, UsageError
@@ -94,14 +94,9 @@ class TimedBackend(OnnxRuntimeBackend):
     def __init__(self, artifact: Artifact, threads: int | None = None, own_process: bool = True) -> None:
         super().__init__(artifact, threads, False, own_process)
         self.clock = _Clock()
-        self._specs = {engine.name: engine for engine in artifact.plan.engines}
 
     def bind(self, engine: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Binding:
-        arrays = {**inputs, **outputs}
-        spec = self._specs[engine]
-        rows = next(
-            (arrays[port.name].shape[0] for port in (*spec.outputs, *spec.inputs) if port.shape[:1] == ("B",)), 1
-        )
+        rows = next(array.shape[0] for array in outputs.values())
         return _TimedBinding(self.session(engine), engine, inputs, outputs, self.clock, rows)
 
 
@@ -353,6 +348,39 @@ def _elements(spec: TensorSpec | InputSpec | PortSpec | BufferSpec) -> int:
     return math.prod(int(size) for size in spec.shape[1:])
 
 
+def compile_for_calibration(
+    model: str | Path, path: Path, *, steps: int | None = None, sampler: str | None = None, arch: str | None = None,
+    roles: Mapping[str, str] | None = None, trust_pickle: bool = False, max_batch: int = 64,
+) -> Program:  # fmt: skip
+    """The Program of the model after the exact passes; at `path` its artifact, cut at every component, unchecked.
+
+    Raises UsageError where the model has no sampler.
+    """
+    from dcc import driver
+    from dcc.exports.artifact_writer import ArtifactWriter
+    from dcc.exports.lower import lower
+    from dcc.frontend.load import load_model
+    from dcc.frontend.trace import trace
+    from dcc.passes import run_passes
+
+    loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, roles=dict(roles) if roles else None)
+    table = driver._sampler(loaded, sampler, steps, {})
+    if table is None:
+        raise UsageError("calibration needs a sampling loop", next="name a sampler with --sampler")
+    guidance = driver._guidance(loaded, "auto", driver.DEFAULT_GUIDANCE_SCALE)
+    program = trace(
+        loaded.module, loaded.example_inputs, loaded.roles, name=loaded.name, nulls=loaded.nulls,
+        ranges=loaded.ranges, guidance=guidance, unbatched=loaded.unbatched,
+        rows=max_batch * (2 if guidance.mode == "cfg" else 1),
+    )  # fmt: skip
+    program.sampler, program.source = table, loaded.source
+    run_passes(program, driver.pipeline(1))
+    with ArtifactWriter(path) as writer:
+        plan = lower(program, writer, "component")
+        writer.finish(driver._manifest(program, plan, program.hash(), "cpu", {}))
+    return program
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What was measured, and every loop that was run after the warm-up."""
@@ -410,6 +438,39 @@ def calibrate(
 
 def _seconds(event: Event, threads: int | None) -> tuple[float, bool]:
     return (event.processor_seconds, False) if threads == 1 else (event.seconds, event.preempted)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Seconds of a sampler call with `rows` rows: measured in the loops of a calibration, and predicted."""
+
+    rows: int
+    measured_seconds: float
+    predicted_seconds: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_seconds / self.measured_seconds - 1.0
+
+
+def check(
+    loaded: LoadedArtifact, contents: Mapping[str, EngineWork], found: Calibration, table: CalibrationTable,
+    threads: int | None = None,
+) -> tuple[Check, ...]:  # fmt: skip
+    """How far the table is from whole sampler calls: sums of medians need not be medians of sums."""
+    checks = []
+    for rows in sorted({item.rows for item in found.rounds}):
+        rounds = [item for item in found.rounds if item.rows == rows]
+        samples = []
+        for number, item in enumerate(rounds):
+            spans = item.call_processor_seconds if threads == 1 else item.call_seconds
+            quiet = (False,) * len(spans) if threads == 1 else item.preempted
+            samples += [(number, *pair) for pair in list(zip(spans, quiet, strict=True))[1:]]
+        measured = statistics.median(statistics.median(seconds) for seconds in undisturbed(samples).values())
+        images = rounds[0].images
+        predicted = predict(loop_work(loaded, contents, images, images != rows), table).call_seconds
+        checks.append(Check(rows, measured, statistics.median(predicted)))
+    return tuple(checks)
 
 
 def new_table(target: str = "cpu", threads: int | None = None, own_process: bool = True) -> CalibrationTable:

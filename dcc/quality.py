@@ -28,10 +28,17 @@ def difference(got: Array, wanted: Array) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def psnr(got: Array, wanted: Array) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal arrays."""
+def typical_range(reference: Array) -> float:
+    """The range that all but one value in a thousand lie in: a few outliers of unbounded latents do not widen it."""
+    low, high = np.quantile(_wide(reference), (0.0005, 0.9995))
+    return float(high - low) or 1.0
+
+
+def psnr(got: Array, wanted: Array, data_range: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal arrays. The range is the reference's unless given."""
     error = float(np.mean((_wide(got) - _wide(wanted)) ** 2))
-    return math.inf if error == 0.0 else 10.0 * math.log10(value_range(wanted) ** 2 / error)
+    peak = value_range(wanted) if data_range is None else data_range
+    return math.inf if error == 0.0 else 10.0 * math.log10(peak**2 / error)
 
 
 def cosine(got: Array, wanted: Array) -> float:
@@ -52,8 +59,10 @@ def relative_l2(got: Array, wanted: Array) -> float:
     return float(np.linalg.norm(_wide(got) - _wide(wanted))) / (norm or 1.0)
 
 
-def ssim(got: Array, wanted: Array) -> float | None:
+def ssim(got: Array, wanted: Array, data_range: float | None = None) -> float | None:
     """Mean structural similarity over 7x7 windows; None where the last two dimensions are smaller than one.
+
+    The range is the reference's unless given.
 
     Source    Wang et al. 2004, "Image quality assessment", with uniform windows and sample covariance.
     """
@@ -66,7 +75,8 @@ def ssim(got: Array, wanted: Array) -> float | None:
     var_x = (_window_mean(x * x) - mean_x**2) * correction
     var_y = (_window_mean(y * y) - mean_y**2) * correction
     both = (_window_mean(x * y) - mean_x * mean_y) * correction
-    c1, c2 = ((share * value_range(wanted)) ** 2 for share in (K1, K2))
+    peak = value_range(wanted) if data_range is None else data_range
+    c1, c2 = ((share * peak) ** 2 for share in (K1, K2))
     score = (2 * mean_x * mean_y + c1) * (2 * both + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return float(score.mean())
 

@@ -89,7 +89,7 @@ class StepPlanner:
         for value in part.inputs:
             if isinstance(value, Scalar):
                 dtype = str(np.dtype(dtype_of(value.like)))
-                result.scalars[scalar_name(value)] = np.full(1, value.value, dtype)
+                result.scalars[scalar_name(value.value, dtype)] = np.full(1, value.value, dtype)
         return Call(
             part.key,
             tuple(self._reference(value, kept, places) for value in part.inputs),
@@ -109,7 +109,7 @@ class StepPlanner:
 
     def _reference(self, value: Value, kept: Mapping[Value, Value], places: Mapping[Kept, str]) -> Ref:
         if isinstance(value, Scalar):
-            return Ref("constant", scalar_name(value))
+            return Ref("constant", scalar_name(value.value, dtype_of(value.like)))
         if isinstance(value, Kept):
             return Ref("history", places[value]) if value in places else Ref("buffer", _unread(value))
         stored = kept.get(value)
@@ -149,8 +149,9 @@ def _port(value: Value, side: str, number: int) -> TensorSpec:
     return TensorSpec(name, dtype_of(node), shape_of(node))
 
 
-def scalar_name(value: Scalar) -> str:
-    return f"weight.{value.value!r}.{dtype_of(value.like)}"
+def scalar_name(value: float, dtype: str) -> str:
+    """The constant that holds a weight of a combination."""
+    return f"weight.{value!r}.{dtype}"
 
 
 def _unread(value: Value) -> str:

@@ -24,19 +24,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dcc.errors import PassError, UsageError
 from dcc.ir.graph import BATCH, DTYPES, outputs_of
 from dcc.ir.interpret import run_stage
 from dcc.ir.measurements import Declined, Subject, check_option, finished, subject_of
-from dcc.ir.program import PassReport, Program, Role, Scope, Stage
+from dcc.ir.program import Input, PassReport, Program, Role, Scope, Stage
 from dcc.ir.schedule import Schedule, branch_units, from_steps
 
 EARLY = (Scope.TIMESTEP, Scope.REQUEST, Scope.TABLE)
@@ -114,7 +112,7 @@ class LearnedRouter:
         return _Trainer(self, program, subject).run()
 
     def schedule(self, subject: Subject, training: Training) -> Schedule:
-        """The trained logits as a schedule, under the subject's guidance modes. Raises Declined if nothing is reused."""
+        """The trained logits as a schedule under the subject's guidance modes. Raises Declined if nothing is reused."""
         if self.target_share is None:
             computes = training.logits > _logit(self.tau)
         else:
@@ -252,9 +250,7 @@ class _Trainer:
             for index, new in enumerate(fresh):
                 slopes = [next(pending) for _ in new]
                 for earlier, change in recent[index]:
-                    pressure[earlier, index] -= sum(
-                        float((a * b).sum()) for a, b in zip(slopes, change, strict=True)
-                    )
+                    pressure[earlier, index] -= sum(float((a * b).sum()) for a, b in zip(slopes, change, strict=True))
                 change = tuple(a - b for a, b in zip(new, slots[index], strict=True))
                 if computes[call, index]:
                     recent[index], slots[index] = [], new
@@ -268,11 +264,206 @@ class _Trainer:
         rest = (1 - self.logits.sigmoid()).clamp_min(0.025)
         # Both terms fall with 1 - r in the concave penalty; what is left is in units of beta.
         gain = (pressure / self.cost / (2 * rest))[1:]
-        if share is None:
-            beta = options.beta
-        else:
-            beta = float(gain.clamp_min(SMALLEST).quantile(min(0.95, 1 - share)))
+        beta = options.beta if share is None else float(gain.clamp_min(SMALLEST).quantile(min(0.95, 1 - share)))
         balance = (gain - beta) / (gain.abs() + beta + SMALLEST)
         self.momentum[1:] = options.momentum * self.momentum[1:] + (1 - options.momentum) * balance
         step = options.learning_rate * self.momentum[1:] / (1 - options.momentum ** (iteration + 1))
         self.logits[1:] = (self.logits[1:] + step).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+class Batch:
+    """Some requests of a Program: conditions, noise, and values of early scopes, which are computed once.
+
+    Registers are the sampler's state, `registers[0]` the latent. Rows are the conditional half, then the other.
+    """
+
+    def __init__(self, program: Program, conditions: Mapping[str, Tensor], noise: Sequence[Tensor]) -> None:
+        """`conditions` of all rows, and standard normal `noise` for the first latent and for every call."""
+        self.program, self.noise = program, noise
+        self.table = program.sampler
+        self.guided = _guided(program)
+        self.inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        self.steps = [stage for stage in program.stages if stage.kind not in EARLY]
+        self.final = outputs_of(program.graph)[0]
+        rows = len(noise[0]) * (2 if self.guided else 1)
+        self.early = [self._prepare(conditions, float(call.timestep), rows) for call in self.table.calls]
+
+    @staticmethod
+    def draw(program: Program, options: LearnedRouter, generator: torch.Generator) -> Batch:
+        """A random batch. Raises Declined for a condition of unknown values."""
+        halves = 2 if _guided(program) else 1
+        low, high = (-(-program.rows[0] // halves), program.rows[1] // halves)
+        if high < 1:
+            raise Declined(f"the batch is fixed at {program.rows[1]}: two halves do not fit")
+        images = min(max(options.images, low), high)
+        conditions = {}
+        for item in program.input(Role.CONDITION):
+            rows, null = _condition(item, options, images, generator)
+            if halves == 2 and item.shape[:1] == (BATCH,):
+                if null is None:
+                    raise Declined(f"the unconditional half of '{item.name}' is not known: give negative")
+                rows = torch.cat([rows, null.expand_as(rows)])
+            conditions[item.name] = rows.to(DTYPES[item.dtype])
+        shape = [images, *(int(size) for size in program.latent.shape[1:])]
+        noise = [torch.randn(shape, generator=generator) for _ in range(1 + program.calls)]
+        return Batch(program, conditions, noise)
+
+    def start(self) -> list[Tensor]:
+        """The registers before the first call."""
+        latent = self.noise[0].to(getattr(torch, self.table.dtype)) * self.table.init_sigma
+        return [latent, *(torch.zeros_like(latent) for _ in range(self.table.registers - 1))]
+
+    def advance(self, call: int, registers: Sequence[Tensor], output: Tensor) -> list[Tensor]:
+        """The registers after a call; the formulas are those of dcc.runtime.sampler."""
+        entry, latent = self.table.calls[call], registers[0]
+        output = output.to(latent.dtype)
+        mean, variance = output[:, : latent.shape[1]], output[:, latent.shape[1] :]
+        clipped, noise = torch.zeros_like(latent), torch.zeros_like(latent)
+        if entry.convert is not None and self.table.clip is not None:
+            clipped = entry.convert[0] * latent + entry.convert[1] * mean
+            clipped = clipped.clamp(-self.table.clip, self.table.clip)
+        if entry.draws:
+            noise = self.noise[call + 1].to(latent.dtype)
+            if entry.variance is not None:
+                factor = entry.variance[0] + entry.variance[1] * variance
+                noise = (factor.exp() if self.table.variance == "range" else factor.sqrt()) * noise
+        sources = [*registers, mean, clipped, noise]
+        return [
+            sum((value * source for value, source in zip(row, sources, strict=True) if value), torch.zeros_like(latent))
+            for row in entry.matrix
+        ]
+
+    def exact(self, call: int, latent: Tensor) -> tuple[Tensor, Slots]:
+        """The guided output with everything computed, and all branches."""
+        with torch.no_grad():
+            return self._run(call, latent, lambda index, fresh: fresh())
+
+    def routed(self, call: int, latent: Tensor, slots: Slots, computes: Sequence[bool]) -> tuple[Tensor, Slots]:
+        """The guided output that computes some components and reads the slots of the others, and the slots after."""
+        with torch.no_grad():
+            return self._run(call, latent, lambda index, fresh: fresh() if computes[index] else slots[index])
+
+    def blended(self, call: int, latent: Tensor, slots: Slots, ratios: Tensor) -> tuple[Tensor, Slots]:
+        """The guided output of blended components, differentiable, and the fresh branches, which are not."""
+        fresh_branches: Slots = []
+
+        def blend(index: int, fresh: Callable[[], Branches]) -> Branches:
+            new = fresh()
+            fresh_branches.append(tuple(tensor.detach() for tensor in new))
+            return tuple(old + ratios[index] * (value - old) for old, value in zip(slots[index], new, strict=True))
+
+        return self._run(call, latent, blend)[0], fresh_branches
+
+    def simulate(
+        self, computes: Sequence[Sequence[bool]], first: int = 0, registers: list[Tensor] | None = None,
+        slots: Slots | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The final latent where `computes[call]` says what is computed, from call `first` on."""
+        registers = self.start() if registers is None else registers
+        slots = [] if slots is None else slots
+        for call in range(first, len(self.table.calls)):
+            output, slots = self.routed(call, registers[0], slots, computes[call])
+            registers = self.advance(call, registers, output)
+        return registers[0]
+
+    def _prepare(self, conditions: Mapping[str, Tensor], timestep: float, rows: int) -> dict[Node, Tensor]:
+        """Inputs without the latent, and values of the early stages, at one call."""
+        values = {self.inputs[name]: value for name, value in conditions.items()}
+        for item in self.program.input(Role.TIMESTEP):
+            shape = [rows if isinstance(size, str) else size for size in item.shape]
+            values[self.inputs[item.name]] = torch.full(shape, timestep, dtype=DTYPES[item.dtype])
+        with torch.no_grad():
+            for stage in self.program.stages:
+                if stage.kind in EARLY:
+                    values.update(self._stage(stage, values))
+        return values
+
+    def _run(self, call: int, latent: Tensor, branches: Callable[..., Branches]) -> tuple[Tensor, Slots]:
+        """`branches(index, fresh)` says what a component gives, `fresh()` computes it."""
+        values = dict(self.early[call])
+        item = self.program.latent
+        scaled = (latent * self.table.calls[call].input_scale).to(DTYPES[item.dtype])
+        values[self.inputs[item.name]] = torch.cat([scaled, scaled]) if self.guided else scaled
+        given: Slots = []
+        for stage in self.steps:
+            if stage.kind == "component":
+                results = branches(len(given), lambda stage=stage: tuple(self._stage(stage, values).values()))
+                given.append(results)
+                values.update(zip(stage.outputs, results, strict=True))
+            else:
+                values.update(self._stage(stage, values))
+        return self._guide(values[self.final]), given
+
+    def _guide(self, output: Tensor) -> Tensor:
+        """`u + s (c - u)` on the predicted channels; the rest is the conditional half's own."""
+        if not self.guided:
+            return output
+        guidance = self.program.guidance
+        wanted, null = output.chunk(2)
+        mixed = null + guidance.scale * (wanted - null)
+        if guidance.channels is None:
+            return mixed
+        return torch.cat([mixed[:, : guidance.channels], wanted[:, guidance.channels :]], dim=1)
+
+    def _stage(self, stage: Stage, values: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+        return run_stage(self.program, stage.template, stage.inputs, stage.weights, stage.outputs, values)
+
+
+def image_gains(batch: Batch) -> Tensor:
+    """By call: squared error of the final sample over that of the guided output, if the call reuses everything.
+
+    Everything else is computed. At most PROBES calls are measured; between them the logarithm is interpolated.
+    """
+    calls = len(batch.table.calls)
+    count = min(calls - 1, PROBES)
+    probes = sorted({1 + round(index * (calls - 2) / max(1, count - 1)) for index in range(count)})
+    registers, slots = batch.start(), []
+    everything: list[list[bool]] = [[True] * len(batch.program.components)] * calls
+    wrong: list[tuple[int, float, Tensor]] = []
+    for call in range(calls):
+        exact, fresh = batch.exact(call, registers[0])
+        if call in probes:
+            output, _ = batch.routed(call, registers[0], slots, [False] * len(slots))
+            moved = batch.advance(call, registers, output)
+            final = batch.simulate(everything, call + 1, moved, slots)
+            wrong.append((call, float((output - exact).square().mean()), final))
+        slots = fresh
+        registers = batch.advance(call, registers, exact)
+    ratios = {
+        call: math.log(max(float((final - registers[0]).square().mean()), SMALLEST) / max(error, SMALLEST))
+        for call, error, final in wrong
+    }
+    return torch.tensor([_between(ratios, probes, call) for call in range(calls)]).exp()
+
+
+def _between(values: Mapping[int, float], known: Sequence[int], call: int) -> float:
+    above = next((place for place in known if place >= call), known[-1])
+    below = next((place for place in reversed(known) if place <= call), known[0])
+    part = (call - below) / (above - below) if above > below else 0.0
+    return (1 - part) * values[below] + part * values[above]
+
+
+def _condition(
+    item: Input, options: LearnedRouter, images: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Values of a condition for `images` rows, and its row in the unconditional half if that is known."""
+    null = None if item.null is None else torch.tensor(item.null)
+    if item.name in options.negative:
+        null = options.negative[item.name]
+    if item.name in options.conditions:
+        given = options.conditions[item.name]
+        if item.shape[:1] != (BATCH,):
+            return given, null
+        return given[torch.randint(len(given), (images,), generator=generator)], null
+    if item.minimum is None or item.maximum is None or item.shape != (BATCH,):
+        raise Declined(f"the values of condition '{item.name}' are not known: give conditions")
+    values = torch.tensor([value for value in range(item.minimum, item.maximum + 1) if value != item.null])
+    return values[torch.randint(len(values), (images,), generator=generator)], null
+
+
+def _guided(program: Program) -> bool:
+    return program.guidance.mode != "none" and program.guidance.scale != 1.0 and bool(program.input(Role.CONDITION))
+
+
+def _logit(ratio: float) -> float:
+    return math.log(ratio / (1 - ratio))

@@ -26,19 +26,21 @@ class Halves:
         self._scale = np.float32(scale)
         plan = space.plan
         self._order = plan.order
-        guided = space.rows > count
-        self._modes = plan.guidance if guided and plan.guidance else (BOTH,) * len(plan.order)
+        self.guided = space.rows > count
+        # May be replaced while weights are fitted.
+        self.modes = list(plan.guidance if self.guided and plan.guidance else (BOTH,) * len(plan.order))
         self._latent = next(space.inputs[item.name] for item in plan.inputs if item.role == "latent")
         # Differences that later calls read, in turn; as many as any call looks back.
-        depth = max((len(mode.weights) for mode in self._modes), default=0)
+        depth = max((len(mode.weights) for mode in self.modes), default=0)
         shape = (count, *space.output.shape[1:])
         self._ring = [np.empty(shape, space.output.dtype)[:, :channels] for _ in range(depth)]
         self._term = np.empty_like(self._ring[0]) if depth else None
-        self._known = 0
+        # How many guided calls there were so far.
+        self.known = 0
 
     def run(self, call: int, told: Callable[[Call], None] | None = None) -> Array:
         """The guided output of a sampler call, `[count, ...]`: valid until the next."""
-        mode, count = self._modes[call], self.count
+        mode, count = self.modes[call], self.count
         if self._space.rows == count:
             return self._space.step(call, self._order[call], None, told)
         if mode.mode == "both":
@@ -55,14 +57,14 @@ class Halves:
         wanted, null = output[:count, : self._channels], output[count:, : self._channels]
         np.subtract(wanted, null, out=wanted)
         if self._ring:
-            np.copyto(self._ring[self._known % len(self._ring)], wanted)
-            self._known += 1
+            np.copyto(self._ring[self.known % len(self._ring)], wanted)
+            self.known += 1
         np.multiply(wanted, self._scale, out=wanted)
         np.add(wanted, null, out=wanted)
         return output[:count]
 
     def _add_difference(self, wanted: Array, weights: tuple[float, ...]) -> None:
         for back, weight in enumerate(weights, start=1):
-            difference = self._ring[(self._known - back) % len(self._ring)]
+            difference = self._ring[(self.known - back) % len(self._ring)]
             np.multiply(difference, np.float32(weight) * (self._scale - np.float32(1)), out=self._term)
             np.add(wanted, self._term, out=wanted)

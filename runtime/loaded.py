@@ -75,7 +75,7 @@ class LoadedArtifact:
         """`plan` replaces the artifact's own: another step over the same weights, as a search tries them out."""
         self.artifact = artifact
         self.plan: Plan = artifact.plan if plan is None else plan
-        self._constants = constants
+        self.constants: Mapping[str, Array] = constants or {}
         table = artifact.manifest["sampler"]
         self.sampler: SamplerTable | None = None if table is None else SamplerTable.from_json(table)
         if self.sampler is not None and len(self.sampler.calls) != len(self.plan.order):
@@ -206,7 +206,7 @@ class LoadedArtifact:
 
     def _workspace(self, rows: int) -> Workspace:
         space = self._workspaces.pop(rows, None) or Workspace(
-            self.artifact, self._backend, rows, self.plan, self._constants
+            self.artifact, self._backend, rows, self.plan, self.constants
         )
         self._workspaces[rows] = space
         while len(self._workspaces) > KEPT_WORKSPACES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,15 @@ class Request:
     def advance(self, call: int, output: Array) -> Array:
         """The new latent, valid until the next call."""
         return self.sampler.advance(call, output, self.draw)
+
+    def peek(self, call: int) -> Array:
+        """The latent that the call would lead to, a copy; request and noise stay where they are."""
+        known = self.halves.known
+        output = self.output(call)
+        self.halves.known = known
+        noise = copy.deepcopy(self._source)
+        sampler = copy.deepcopy(self.sampler)
+        return sampler.advance(call, output, lambda dtype: noise.draw(self.sampler.shape[1:], dtype)).copy()
 
     def draw(self, dtype: str) -> Array:
         """Fresh noise of the latent's shape, the next of the request's generators."""

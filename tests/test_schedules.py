@@ -167,14 +167,11 @@ def test_flux_single_blocks_against_their_slots(
     assert dead == sum(int(note.split()[0]) for note in notes if "dead" in note)
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux"])
-def test_reads_the_traced_family(name: str, traced: Callable[[str], Any]) -> None:
-    components = components_of(traced(name))
-    calls = 4 if name == "pixart" else 5
-    schedule = read_schedule(DATA / f"ecad_{name}.json", components, calls)
+def test_reads_the_traced_family(traced: Callable[[str], Any]) -> None:
+    components = components_of(traced("flux"))
+    schedule = read_schedule(DATA / "ecad_flux.json", components, 5)
     assert schedule.components == tuple(components)
-    want = read_schedule(DATA / f"ecad_{name}.json", PIXART if name == "pixart" else FLUX, calls)
-    assert schedule.actions == want.actions
+    assert schedule.actions == read_schedule(DATA / "ecad_flux.json", FLUX, 5).actions
 
 
 def test_position_decides_where_names_do_not() -> None:

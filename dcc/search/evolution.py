@@ -27,7 +27,6 @@ from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
 from pymoo.indicators.hv import HV
-from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from dcc.errors import UsageError
 from dcc.ir.schedule import Schedule, full_schedule
@@ -52,7 +51,8 @@ SPEEDS = (1.5, 2.0, 3.0, 4.0)
 LOSS_DEPTH = 1e-5  # a loss this much below the worst seed's is as good as none
 MINIMUM_TO_FIT = 6
 MODEL_POINTS = 300
-HOPE = 0.5  # standard deviations by which a prediction counts as better
+BINS = 8  # of speed, that are served in turn
+KEPT_IN_BIN = 5
 EXACT = "exact"
 
 
@@ -353,10 +353,15 @@ class _Search:
             individual.evaluated.update(("F", "G"))
         return asked
 
+    def bins(self) -> Array:
+        """Edges of the bins of speed, as log latencies, ascending, [BINS + 1]."""
+        slow, fast = self.options.speeds
+        return -np.log(np.geomspace(fast, slow, BINS + 1))
+
     def levels(self) -> Array:
         """How likely a move acts on each level now: the current level half, coarser ones the other half."""
         count = len(self.space.starts)
-        shares = self.options.stages or tuple(0.75 * (index + 1) / count for index in range(count - 1))
+        shares = self.options.stages or tuple(0.4 + 0.45 * index / max(count - 2, 1) for index in range(count - 1))
         # The budget that the search began with: a larger one on resume must not change what was chosen before.
         spent = len(self.candidates) / max(self.store.first_budget or self.options.budget, 1)
         current = min(sum(spent >= share for share in shares), count - 1)
@@ -492,9 +497,9 @@ class Children(InfillCriterion):
             for _ in range(options.rounds):
                 fresh = self._children(problem, parents, n_offsprings * options.screened // options.rounds, random_state)
                 pool.update({row.tobytes(): row for row in fresh if row.tobytes() not in evaluated})
-                parents = self._best(model, parents, fresh)
+                parents = model.best_of_bins(np.concatenate([parents, fresh]), KEPT_IN_BIN)
             rows = np.stack(list(pool.values())) if pool else np.empty((0, run.space.size), dtype=np.int64)
-            for index in model.most_promising(rows, 2 * n_offsprings):
+            for index in model.most_promising(rows, 2 * n_offsprings, len(run.history) * n_offsprings):
                 if len(picked) < n_offsprings:
                     self._take(rows[index], picked, chosen)
         for _ in range(self.n_max_iterations):
@@ -535,14 +540,6 @@ class Children(InfillCriterion):
         children = self.limits.do(problem, children)
         return np.stack([child.X for child in children])
 
-    def _best(self, model: _Model, parents: Array, fresh: Array) -> Array:
-        """The predicted best of both, as many as the population holds."""
-        rows = np.concatenate([parents, fresh])
-        values = model.objectives(rows)
-        fronts = NonDominatedSorting().do(values, n_stop_if_ranked=self.run.options.population)
-        best = np.concatenate(fronts)[: max(self.run.options.population, 1)]
-        return np.stack([rows[index] for index in best])
-
 
 class _Model:
     """Predictions for genomes from everything that was evaluated."""
@@ -570,36 +567,58 @@ class _Model:
         latency = self.latency.predict(work(self.run.space, genomes))
         return np.log(np.clip(latency / self.run.reference[0], 1e-6, 1e6)), loss, spread
 
-    def objectives(self, rows: Array) -> Array:
-        """Predicted objectives, float64 [count, 2], a little in favour of what is not known well."""
+    def judge(self, rows: Array) -> Judgement:
+        """How much each of the canonical genomes may improve the front, and in which bin of speed."""
         latency, loss, spread = self.predict(rows)
-        return np.column_stack([latency, loss - HOPE * spread])
+        edges = self.run.bins()
+        return Judgement(latency, loss, spread, np.searchsorted(edges[1:-1], latency), edges[0], edges[-1])
 
-    def most_promising(self, rows: Array, count: int) -> list[int]:
-        """`count` rows, the one that adds most hypervolume first, each counted on top of those before it."""
-        latency, loss, spread = self.predict(rows)
-        low, high = (-math.log(speed) for speed in self.run.options.speeds)
-        front = self.front
-        order: list[int] = []
-        for _ in range(min(count, len(rows))):
-            gains = np.round(_gains(front, latency, loss - HOPE * spread, low, high), 9)
-            gains[order] = -np.inf
-            order.append(int(np.argmax(gains)))
-            front = np.vstack([front, [latency[order[-1]], loss[order[-1]]]])
+    def best_of_bins(self, rows: Array, each: int) -> Array:
+        """The `each` most promising rows of every bin of speed."""
+        judged = self.judge(rows)
+        hopes = judged.hopes(self.front)
+        kept = []
+        for place in range(len(self.run.bins()) - 1):
+            inside = np.flatnonzero((judged.bin == place) & (hopes > -np.inf))
+            kept.extend(inside[np.argsort(-hopes[inside], kind="stable")[:each]])
+        return rows[kept] if kept else rows
+
+    def most_promising(self, rows: Array, count: int, turn: int) -> list[int]:
+        """`count` rows, one bin of speed after another, each row as if those before it had come true."""
+        judged = self.judge(rows)
+        bins = len(self.run.bins()) - 1
+        front, order = self.front, list[int]()
+        left = np.ones(len(rows), dtype=bool)
+        while len(order) < min(count, len(rows)) and left.any():
+            hopes = np.where(left, judged.hopes(front), -np.inf)
+            inside = np.where(judged.bin == (turn + len(order)) % bins, hopes, -np.inf)
+            best = int(np.argmax(inside if (inside > -np.inf).any() else hopes))
+            order.append(best)
+            left[best] = False
+            front = np.vstack([front, [judged.latency[best], judged.loss[best]]])
         return order
 
 
-def _gains(front: Array, latency: Array, loss: Array, low: float, high: float) -> Array:
-    """Area that each point alone adds to what `front` dominates, between latencies `high` and `low`, below loss 0.
+@dataclass(frozen=True)
+class Judgement:
+    """Predictions of genomes: log latency, log loss with its standard deviation, bin of speed; the range of bins."""
 
-    Where it adds none, minus how far it is behind.
-    """
-    order = front[np.argsort(front[:, 0], kind="stable")]
-    edges = np.concatenate([[-np.inf], order[:, 0], [np.inf]])
-    heights = np.minimum(np.minimum.accumulate(np.concatenate([[0.0], order[:, 1]])), 0.0)
-    begins = np.maximum(latency, high)[:, None]
-    widths = np.maximum(np.minimum(edges[1:], low) - np.maximum(edges[:-1], begins), 0)
-    gains = (np.maximum(heights - loss[:, None], 0) * widths).sum(axis=1)
-    level = heights[np.searchsorted(order[:, 0], begins[:, 0], side="right")]
-    behind = np.where(begins[:, 0] >= low, -10.0 - (begins[:, 0] - low), np.minimum(level - loss, 0))
-    return np.where(gains > 0, gains, behind)
+    latency: Array
+    loss: Array
+    spread: Array
+    bin: Array
+    fastest: float
+    slowest: float
+
+    def hopes(self, front: Array) -> Array:
+        """Log of the expected improvement of the loss over `front` at the same latency; -inf outside the range."""
+        order = front[np.argsort(front[:, 0], kind="stable")]
+        levels = np.minimum.accumulate(np.concatenate([[0.0], order[:, 1]]))
+        level = levels[np.searchsorted(order[:, 0], self.latency, side="right")]
+        spread = np.maximum(self.spread, 1e-6)
+        ratio = np.clip((level - self.loss) / spread, -30, 30)
+        density = np.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+        below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in ratio])
+        expected = np.log(np.maximum(spread * (ratio * below + density), 1e-300))
+        outside = (self.latency > self.slowest) | (self.latency < self.fastest)
+        return np.where(outside, -np.inf, np.round(expected, 9))

@@ -3,108 +3,124 @@
 A walk over the sampler's calls with the schedule itself. Before each call that combines, the weights are moved so that
 the latent after it is as near as possible to the exact latent (least squares, linearised by finite differences): what
 earlier calls got wrong is corrected as far as the kept values allow. Errors of features are not looked at, because a
-fit of those is not a fit of the samples.
+fit of those is not a fit of the samples. Weights of reused guidance differences are fitted in the same way.
 
-Numerics   a ridge keeps the weights near where they started; the number of parameters is that of the weights of one
-           call, against as many equations as the latents have values.
+Numerics   a ridge keeps the weights near where they started; there are as many equations as the latents have values.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dcc.exports.step_plan import scalar_name
-from dcc.exports.unroll import Scalar
-from dcc.ir.schedule import Action, Schedule
+from dcc.ir.schedule import Action, GuidanceMode, Schedule
+from dcc.runtime.plan import CallGuidance
 from dcc.runtime.request import Request
 from dcc.search.laboratory import Laboratory, Requests
 
 Array = np.ndarray[Any, np.dtype[Any]]
-STEP = 0.05  # of a finite difference; outputs are nearly linear in the weights
-RIDGE = 1e-3
+STEP = 0.05  # of a finite difference: the output is nearly linear in the weights
+RIDGE = 1e-2
 ROUNDS = 2
+GUIDANCE = -1
+TOLD_APART = 1e-9  # far below what matters, far above the spacing of float64
 
 
-def fit_weights(laboratory: Laboratory, schedule: Schedule, requests: Requests, ridge: float = RIDGE, rounds: int = ROUNDS, partial=True) -> Schedule:
-    """The schedule with fitted weights: the same calls compute, so it costs the same."""
-    told_apart, places = _told_apart(schedule)
-    if not places:
-        return schedule
-    exact = laboratory.exact_trajectory(requests)
+@dataclass(frozen=True)
+class _Weight:
+    """One weight of a call: the unit's index or GUIDANCE, and how many values back."""
+
+    unit: int
+    back: int
+    read: Callable[[], float]
+    write: Callable[[float], None]
+
+
+def fit_weights(laboratory: Laboratory, schedule: Schedule, requests: Requests, ridge: float = RIDGE) -> Schedule:
+    """The schedule with fitted weights: the same calls compute the same units, so it costs the same."""
+    told_apart = _told_apart(schedule)
     loaded = laboratory.load(told_apart)
-    constants = loaded._constants
-    assert constants is not None
-    fitted: dict[tuple[int, int], list[float]] = {}
+    exact = laboratory.exact_trajectory(requests)
+    actions = [list(row) for row in schedule.actions]
+    modes = list(schedule.guidance)
     with loaded.request(**laboratory.request_values(loaded, requests)) as request:
         for call in range(request.calls):
-            free = [place for place in places if place[0] == call]
-            if free and (partial or not any(a.computes for a in schedule.actions[call])):
-                arrays = [_constant(constants, told_apart, place) for place in free]
-                _fit_call(request, call, arrays, exact[call], ridge, rounds)
-                for place, array in zip(free, arrays, strict=True):
-                    fitted.setdefault(place[:2], []).append(float(array[0]))
+            weights = _weights_of(request, told_apart, call, loaded.constants)
+            if weights:
+                _fit_call(request, call, weights, exact[call], ridge)
+                found: dict[int, list[float]] = {}
+                for weight in weights:
+                    found.setdefault(weight.unit, []).append(weight.read())
+                for unit, values in found.items():
+                    if unit == GUIDANCE:
+                        modes[call] = GuidanceMode("reuse", tuple(values))
+                    else:
+                        actions[call][unit] = Action("combine", tuple(values))
             request.advance(call, request.output(call))
-    rows = [list(row) for row in schedule.actions]
-    for (call, unit), weights in fitted.items():
-        rows[call][unit] = Action("combine", tuple(weights))
-    return replace(schedule, actions=tuple(map(tuple, rows)))
+    return replace(schedule, actions=tuple(map(tuple, actions)), guidance=tuple(modes))
 
 
-def _fit_call(request: Request, call: int, arrays: list[Array], wanted: Array, ridge: float, rounds: int) -> None:
-    start = np.array([array[0] for array in arrays])
-    for _ in range(rounds):
-        before = np.array([array[0] for array in arrays])
-        reached = _peek(request, call)
-        scale = float(np.abs(wanted).mean())
+def _fit_call(request: Request, call: int, weights: list[_Weight], wanted: Array, ridge: float) -> None:
+    start = np.array([weight.read() for weight in weights])
+    for _ in range(ROUNDS):
+        before = np.array([weight.read() for weight in weights])
+        reached = request.peek(call).astype(np.float64)
         columns = []
-        for array in arrays:
-            value = array[0]
-            array[0] = value + STEP
-            columns.append((_peek(request, call) - reached).ravel() / STEP)
-            array[0] = value
+        for weight, value in zip(weights, before, strict=True):
+            weight.write(value + STEP)
+            columns.append((request.peek(call) - reached).ravel() / STEP)
+            weight.write(value)
         matrix = np.stack(columns, axis=1)
-        error = (wanted - reached).astype(np.float64).ravel()
         gram = matrix.T @ matrix
-        strength = ridge * max(float(np.trace(gram)) / len(arrays), (1e-6 * scale) ** 2)
-        move = np.linalg.solve(
-            gram + strength * np.eye(len(arrays)), matrix.T @ error + strength * (start - before)
-        )
-        for array, value in zip(arrays, before + move, strict=True):
-            array[0] = np.float32(value)
+        strength = ridge * float(np.trace(gram)) / len(weights)
+        if strength == 0.0:
+            return
+        right = matrix.T @ (wanted - reached).ravel() + strength * (start - before)
+        after = before + np.linalg.solve(gram + strength * np.eye(len(weights)), right)
+        for weight, value in zip(weights, after, strict=True):
+            weight.write(float(value))
 
 
-def _peek(request: Request, call: int) -> Array:
-    """The latent that the call would lead to; nothing is advanced."""
-    known = request.halves._known
-    output = request.output(call).copy()
-    request.halves._known = known
-    sampler = copy.deepcopy(request.sampler)
-    drawn: list[Array] = []
-    state = copy.deepcopy(request._source)
-    return sampler.advance(call, output, lambda dtype: state.draw(request.sampler.shape[1:], dtype)).astype(np.float64)
+def _weights_of(request: Request, schedule: Schedule, call: int, constants: Mapping[str, Array]) -> list[_Weight]:
+    found = []
+    for unit, action in enumerate(schedule.actions[call]):
+        for back, value in enumerate(action.weights):
+            found.append(_in_array(unit, back, constants[scalar_name(value, "float32")]))
+    if request.halves.guided and schedule.guidance[call].kind == "reuse":
+        found += [_in_mode(request, call, back) for back in range(len(schedule.guidance[call].weights))]
+    return found
 
 
-def _told_apart(schedule: Schedule) -> tuple[Schedule, list[tuple[int, int, int]]]:
-    """The schedule with a weight of its own in every place, so that each can be changed alone; and the places."""
-    places: list[tuple[int, int, int]] = []
-    rows = [list(row) for row in schedule.actions]
-    for call, row in enumerate(schedule.actions):
-        for unit, action in enumerate(row):
-            if action.kind != "combine":
-                continue
+def _in_array(unit: int, back: int, array: Array) -> _Weight:
+    return _Weight(unit, back, lambda: float(array[0]), lambda value: array.fill(value))
+
+
+def _in_mode(request: Request, call: int, back: int) -> _Weight:
+    modes = request.halves.modes
+
+    def write(value: float) -> None:
+        weights = list(modes[call].weights)
+        weights[back] = value
+        modes[call] = CallGuidance("reuse", tuple(weights))
+
+    return _Weight(GUIDANCE, back, lambda: modes[call].weights[back], write)
+
+
+def _told_apart(schedule: Schedule) -> Schedule:
+    """The schedule with a constant of its own for every weight, so that each can be changed alone."""
+    count = 0
+    rows = []
+    for row in schedule.actions:
+        actions = []
+        for action in row:
             weights = []
-            for index, weight in enumerate(action.weights):
-                places.append((call, unit, index))
-                weights.append(weight + 1e-9 * len(places))
-            rows[call][unit] = Action("combine", tuple(weights))
-    return replace(schedule, actions=tuple(map(tuple, rows))), places
-
-
-def _constant(constants: Any, schedule: Schedule, place: tuple[int, int, int]) -> Array:
-    call, unit, index = place
-    value = schedule.actions[call][unit].weights[index]
-    return constants[f"weight.{value!r}.float32"]
+            for weight in action.weights:
+                count += 1
+                weights.append(weight + TOLD_APART * count)
+            actions.append(replace(action, weights=tuple(weights)))
+        rows.append(tuple(actions))
+    return replace(schedule, actions=tuple(rows))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dcc.exports.unroll import step_stages
 from dcc.ir.measurements import Features, Measurements, measure
 from dcc.ir.program import Program
 from dcc.ir.schedule import Schedule, full_schedule
-from dcc.quality import psnr, ssim
+from dcc.quality import psnr, ssim, typical_range
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.loaded import LoadedArtifact
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -66,6 +67,7 @@ class Laboratory:
         folder: Path,
         *,
         images: int = 16,
+        held_out_images: int = 32,
         guidance_scale: float | None = None,
         conditions: Mapping[str, Any] | None = None,
         threads: int | None = None,
@@ -88,8 +90,8 @@ class Laboratory:
         self._provided: set[str] = set()
         exact = self.load(None)
         self.search, self.held_out = (
-            self._requests(exact, range(first, first + images), conditions or {}, guidance_scale)
-            for first in (SEARCH_SEED, HELD_OUT_SEED)
+            self._requests(exact, range(first, first + count), conditions or {}, guidance_scale)
+            for first, count in ((SEARCH_SEED, images), (HELD_OUT_SEED, held_out_images))
         )
         self._exact: dict[tuple[int, ...], list[Array]] = {}
 
@@ -162,7 +164,13 @@ class Laboratory:
         """Mean squared error, PSNR in dB and SSIM of samples against the exact ones."""
         exact = self.exact_trajectory(requests)[-1].astype(np.float32)
         error = float(np.mean((samples.astype(np.float64) - exact) ** 2))
-        return error, psnr(samples, exact), ssim(samples, exact)
+        return error, psnr(samples, exact, self.data_range), ssim(samples, exact, self.data_range)
+
+    @cached_property
+    def data_range(self) -> float:
+        """What PSNR and SSIM take as the range of values: the same for both sets of requests."""
+        sets = [self.exact_trajectory(requests)[-1].ravel() for requests in (self.search, self.held_out)]
+        return typical_range(np.concatenate(sets))
 
     def features(self, requests: Requests) -> Iterator[Features]:
         """What each call of an exact run shows."""

@@ -45,7 +45,7 @@ def test_pays_what_the_fraction_says() -> None:
     # Every other call replaces three of four blocks: the paper's 1.6x.
     assert DeltaDit().propose(one).computed_share(one.flops) == pytest.approx(1 / 1.6)
     shares = [option.propose(one).computed_share(one.flops) for option in DeltaDit().options(one)]
-    assert shares == sorted(shares, reverse=True) or max(shares) < 1
+    assert max(shares) < 1
 
 
 def test_declines_with_the_reason() -> None:

@@ -131,7 +131,7 @@ from dcc.search.workers import ProcessWorkers
 
 if __name__ == "__main__":
     try:
-        with ProcessWorkers(partial(Share, 2, "sleep"), 2) as workers:
+        with ProcessWorkers(partial(Share, 3, "sleep"), 2) as workers:
             for index, found in workers.run(schedules()):
                 print(found.extra["process"], flush=True)
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def test_a_stopped_search_leaves_no_process(how: signal.Signals, tmp_path: Path)
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, preexec_fn=default)
     assert process.stdout is not None
     # All candidates but the sleeping one are there, so that one process sleeps.
-    workers = {int(process.stdout.readline()) for _ in range(len(schedules()) - EXPECTED.count(2.0))}
+    workers = {int(process.stdout.readline()) for _ in range(len(schedules()) - EXPECTED.count(3.0))}
     process.send_signal(how)
     rest = process.stdout.read() if how == signal.SIGINT else ""
     assert process.wait(timeout=60) == (0 if how == signal.SIGINT else -signal.SIGKILL)
