@@ -27,7 +27,6 @@ from models import randomise_constants
 from dcc.calibrate import calibrate, engine_contents, new_table, planned_loop, undisturbed
 from dcc.calibrate import preemptions as count_preemptions
 from dcc.cost_model.roofline import Roofline, predict
-from dcc.driver import pipeline
 from dcc.frontend.dit import DiT, DiTConfig
 from dcc.frontend.load import load_model
 from dcc.frontend.samplers import sampler_table
@@ -35,6 +34,7 @@ from dcc.frontend.trace import trace
 from dcc.ir.program import Guidance, Program
 from dcc.ir.schedule import BOTH, CONDITIONAL, REUSE_DIFFERENCE, Schedule, branch_units, delta_units, from_steps
 from dcc.passes import run_passes
+from dcc.preparation import pipeline
 from dcc.search.laboratory import Laboratory
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples/digits/dit_digits.pt"
@@ -92,7 +92,7 @@ def measure_model(
     """Predicted and measured seconds of each random schedule, beside what the data sheet alone predicts."""
     generator = random.Random(name)
     with tempfile.TemporaryDirectory() as folder:
-        laboratory = Laboratory(program, Path(folder), images=images, threads=threads)
+        laboratory = Laboratory(program, Path(folder), images=images, threads=threads, own_process=True)
         path = Path(folder) / "laboratory.dcc"
         contents = engine_contents(laboratory.load(None).artifact, program)
         listed = [random_schedule(program.components, program.calls, generator) for _ in range(schedules)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile"]
+__all__ = ["__version__", "compile", "search"]
 
 if TYPE_CHECKING:
     from dcc.driver import compile
+    from dcc.search import search
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from dcc.driver import compile
 
         return compile
+    if name == "search":
+        from dcc.search import search
+
+        return search
     raise AttributeError(f"module 'dcc' has no attribute {name!r}")

@@ -34,10 +34,13 @@ from dcc.cost_model.roofline import LoopWork, call_part, predict, request_part
 from dcc.cost_model.table import CALL, ENGINE, REQUEST, CalibrationTable, Measurement, machine_of_this_process
 from dcc.cost_model.work import EngineWork, Part, combination_part, stage_part, sum_part
 from dcc.errors import Cancelled, UsageError
+from dcc.exports.artifact_writer import ArtifactWriter
+from dcc.exports.lower import lower
 from dcc.exports.step_plan import StepPlan
 from dcc.exports.unroll import Operation, Scalar
 from dcc.ir.graph import bytes_of, elements, shape_of
 from dcc.ir.program import Program, Scope, Stage
+from dcc.preparation import Source, manifest_of, prepare
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.loaded import LoadedArtifact, Progress
 from dcc.runtime.onnxruntime_backend import Array, Binding, OnnxRuntimeBackend
@@ -148,10 +151,10 @@ class TimedLoop:
 
     def __init__(self, path: str | Path, threads: int | None = None, own_process: bool = True) -> None:
         self.artifact = Artifact.open(path)
-        self._backend = TimedBackend(self.artifact, threads, own_process)
+        self.backend = TimedBackend(self.artifact, threads, own_process)
         # One each: the runtime keeps workspaces for two numbers of rows only.
         self._loaded: dict[int, LoadedArtifact] = {}
-        self.first = LoadedArtifact(self.artifact, self._backend)
+        self.first = LoadedArtifact(self.artifact, self.backend)
         if self.first.sampler is None:
             raise UsageError("calibration needs a sampling loop", got="an artifact without a sampler")
 
@@ -164,8 +167,8 @@ class TimedLoop:
 
     def run(self, rows: int, calls: int | None = None) -> Round:
         """One loop with `rows` rows, ended after `calls` sampler calls."""
-        loaded = self._loaded.setdefault(rows, LoadedArtifact(self.artifact, self._backend))
-        images, clock = self.images(rows), self._backend.clock
+        loaded = self._loaded.setdefault(rows, LoadedArtifact(self.artifact, self.backend))
+        images, clock = self.images(rows), self.backend.clock
         total = len(loaded.plan.order)
         last = min(calls or total, total)
         conditions = rows_for(loaded, self._conditions(loaded), images)
@@ -201,11 +204,11 @@ class TimedLoop:
     @staticmethod
     def _conditions(loaded: LoadedArtifact) -> dict[str, Any]:
         """Values for all conditions: every class in turn, zeros for what is not a class."""
-        others = {
-            item.name: np.zeros([1, *map(int, item.shape[1:])] if item.shape[:1] == ("B",) else item.shape, item.dtype)
-            for item in loaded.conditions
-            if item.minimum is None
-        }
+        others = {}
+        for item in loaded.conditions:
+            if item.minimum is None:
+                sizes = tuple(1 if isinstance(size, str) else size for size in item.shape)
+                others[item.name] = np.zeros(sizes, item.dtype)
         return with_classes(loaded, others, ())
 
 
@@ -217,13 +220,9 @@ def engine_contents(artifact: Artifact, program: Program) -> dict[str, EngineWor
     stages = {stage.name: stage for stage in program.stages}
     contents = {}
     for engine in artifact.plan.engines:
-        model = onnx.load_model_from_string(artifact.engine_model(engine.name))
         sizes = {port.name: _elements(port) for port in (*engine.inputs, *engine.outputs) if len(port.shape) > 1}
-        groups: dict[str, list[Any]] = {}
-        for node in model.graph.node:
-            groups.setdefault(node.name.split("/", 1)[0], []).append(node)
         parts = []
-        for name, nodes in groups.items():
+        for name, nodes in _operations(artifact, engine.name).items():
             if name in stages:
                 parts.append(stage_part(stages[name]))
             elif re.fullmatch(r"s\d+", name):
@@ -232,6 +231,19 @@ def engine_contents(artifact: Artifact, program: Program) -> dict[str, EngineWor
                 raise UsageError("the artifact was not made from this Program", at=engine.name, got=name)
         contents[engine.name] = EngineWork(tuple(parts))
     return contents
+
+
+def engine_titles(artifact: Artifact) -> dict[str, str]:
+    """The stages of each engine, as people call them."""
+    return {engine.name: " + ".join(_operations(artifact, engine.name)) for engine in artifact.plan.engines}
+
+
+def _operations(artifact: Artifact, engine: str) -> dict[str, list[Any]]:
+    """The engine's ONNX operations by the stage, or the number of the arithmetic, that they belong to."""
+    groups: dict[str, list[Any]] = {}
+    for node in onnx.load_model_from_string(artifact.engine_model(engine)).graph.node:
+        groups.setdefault(node.name.split("/", 1)[0], []).append(node)
+    return groups
 
 
 def _arithmetic_part(nodes: Sequence[Any], sizes: Mapping[str, int]) -> Part:
@@ -348,36 +360,17 @@ def _elements(spec: TensorSpec | InputSpec | PortSpec | BufferSpec) -> int:
     return math.prod(int(size) for size in spec.shape[1:])
 
 
-def compile_for_calibration(
-    model: str | Path, path: Path, *, steps: int | None = None, sampler: str | None = None, arch: str | None = None,
-    roles: Mapping[str, str] | None = None, trust_pickle: bool = False, max_batch: int = 64,
-) -> Program:  # fmt: skip
-    """The Program of the model after the exact passes; at `path` its artifact, cut at every component, unchecked.
+def compile_for_calibration(source: Source, path: Path) -> Program:
+    """The Program of the source after the exact passes; at `path` its artifact, cut at every component, unchecked.
 
-    Raises UsageError where the model has no sampler.
+    Raises UsageError where the source has no sampler.
     """
-    from dcc import driver
-    from dcc.exports.artifact_writer import ArtifactWriter
-    from dcc.exports.lower import lower
-    from dcc.frontend.load import load_model
-    from dcc.frontend.trace import trace
-    from dcc.passes import run_passes
-
-    loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, roles=dict(roles) if roles else None)
-    table = driver._sampler(loaded, sampler, steps, {})
-    if table is None:
+    program = prepare(source).program
+    if program.sampler is None:
         raise UsageError("calibration needs a sampling loop", next="name a sampler with --sampler")
-    guidance = driver._guidance(loaded, "auto", driver.DEFAULT_GUIDANCE_SCALE)
-    program = trace(
-        loaded.module, loaded.example_inputs, loaded.roles, name=loaded.name, nulls=loaded.nulls,
-        ranges=loaded.ranges, guidance=guidance, unbatched=loaded.unbatched,
-        rows=max_batch * (2 if guidance.mode == "cfg" else 1),
-    )  # fmt: skip
-    program.sampler, program.source = table, loaded.source
-    run_passes(program, driver.pipeline(1))
     with ArtifactWriter(path) as writer:
         plan = lower(program, writer, "component")
-        writer.finish(driver._manifest(program, plan, program.hash(), "cpu", {}))
+        writer.finish(manifest_of(program, plan, program.hash(), "cpu", {}))
     return program
 
 
@@ -410,9 +403,7 @@ def calibrate(
     for count in rows:
         if not low <= count <= high:
             raise UsageError("rows outside the profile that was compiled", got=count, want=f"{low} to {high}")
-    small = Weightless(
-        _carried_elements(loop.artifact), rows, threads, own_process, len(loop.artifact.plan.step_programs[0]) > 1
-    )
+    small = Weightless(_carried_elements(loop.artifact), rows, loop.backend)
     samples, host = _Samples(), host_work(loop.first)
     rounds: list[Round] = []
     for repeat in range(repeats + 1):
@@ -481,9 +472,8 @@ def new_table(target: str = "cpu", threads: int | None = None, own_process: bool
 class Weightless:
     """Sums and combinations of histories as engines of their own, for tensors of the given elements a row."""
 
-    def __init__(
-        self, elements: Iterable[int], rows: Sequence[int], threads: int | None, own_process: bool, several: bool
-    ) -> None:
+    def __init__(self, elements: Iterable[int], rows: Sequence[int], backend: OnnxRuntimeBackend) -> None:
+        """Sessions are as `backend` makes those of a step's engines."""
         self._bindings: dict[int, list[tuple[EngineWork, Any, Any]]] = {count: [] for count in rows}
         self._arrays: list[Array] = []
         for size in elements:
@@ -494,7 +484,8 @@ class Weightless:
                 for based in (False, True)
             ]
             for part, model in models:
-                session = _session(model, threads, own_process and several, several)
+                backend.provide(part.key, model)
+                session = backend.session(part.key)
                 for count in rows:
                     self._bindings[count].append((EngineWork((part,)), session, self._bound(session, count, size)))
 
@@ -552,25 +543,6 @@ def _model(nodes: list[Any], inputs: Sequence[str], weights: Sequence[str], size
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     return model.SerializeToString(deterministic=True)
-
-
-def _session(model: bytes, threads: int | None, shared_pool: bool, shared_arena: bool) -> Any:
-    """A session with the options that the backend gives the engines of a cut step."""
-    import onnxruntime
-
-    from dcc.runtime.onnxruntime_backend import SPIN_MICROSECONDS, default_threads
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if shared_pool:
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = default_threads() if threads is None else threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS["several"])
-    if shared_arena:
-        options.add_session_config_entry("session.use_env_allocators", "1")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class _Samples:

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import os
-import platform
 import resource
-import time
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
-import dcc
 from dcc.cost_model.targets import target_named
 from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import GRANULARITIES, lower
-from dcc.frontend.load import LoadedModel, load_model
-from dcc.frontend.lora import apply_lora
-from dcc.frontend.samplers import sampler_table, with_timesteps_scaled
-from dcc.frontend.trace import trace
+from dcc.frontend.load import LoadedModel
 from dcc.ir.interpret import random_inputs, run_graph
-from dcc.ir.program import Guidance, PassReport, Program, Role, Scope
+from dcc.ir.program import Program
+from dcc.ir.schedule import Schedule
 from dcc.ir.text import program_text
-from dcc.passes import ALWAYS, CUT, EXACT, Pass, run_passes
+from dcc.preparation import DEFAULT_GUIDANCE_SCALE, OPT_LEVELS, Model, Source, StageClock, manifest_of, prepare
 from dcc.quality import difference
 from dcc.runtime.loaded import load
-from dcc.runtime.plan import Plan
 from dcc.tolerances import TOLERANCE
 
-OPT_LEVELS = (0, 1)
-DEFAULT_STEPS = 50
-DEFAULT_GUIDANCE_SCALE = 3.0
-LARGE_WEIGHTS = 1 << 30
+if TYPE_CHECKING:
+    from dcc.search.choose import Chosen
 
-Model = str | os.PathLike[str] | nn.Module | ExportedProgram
+LARGE_WEIGHTS = 1 << 30
+DEFAULT_BUDGET = 200
+DEFAULT_IMAGES = 16
+
 ProgressReport = Callable[[str], None]
 
 
 @dataclass
 class CompileReport:
-    """What was made and what each pass did; `forward_error` is the largest difference over the output's range."""
+    """What was made and what each pass did; `forward_error` is the largest difference over the output's range.
+
+    `schedule` says what the artifact's schedule is worth, measured; None for an exact artifact.
+    """
 
     path: str
     program_hash: str
@@ -57,6 +57,7 @@ class CompileReport:
     forward_error: float
     engines: int
     passes: list[dict[str, Any]] = field(default_factory=list)
+    schedule: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,57 +78,71 @@ def compile(
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
     lora: Sequence[tuple[str, float]] = (),
     opt_level: int = 1,
+    require: str | None = None,
+    schedule: Schedule | str | os.PathLike[str] | None = None,
+    pick: str | None = None,
+    budget: int = DEFAULT_BUDGET,
+    images: int = DEFAULT_IMAGES,
+    conditions: Mapping[str, Any] | None = None,
     max_batch: int = 64,
     granularity: str = "step",
     trust_pickle: bool = False,
+    own_process: bool = False,
     progress: ProgressReport = lambda _: None,
 ) -> CompileReport:
     """An artifact at `output` that samples, without torch, what the model samples.
 
-    `model` is a module, an ExportedProgram, or anything `dcc.frontend.load` reads. `sampler` is a name, a diffusers
-    scheduler, its config or the config's path; by default the model's own, and `"none"` compiles for `denoise`
-    alone. `guidance` is `cfg`, `none` or `auto` (cfg where the null condition is known). `opt_level` 0 traces and
-    lowers, 1 runs the exact passes. The artifact is checked against the model before it gets its name; nothing is
-    left behind otherwise. Raises a DccError of the stage that failed.
+    `model` is a module, an ExportedProgram, or anything `dcc.frontend.load` reads; `Source` says more of the sampler
+    and guidance. `opt_level` 0 traces and lowers, 1 runs the exact passes, 2 adds a calibrated schedule within
+    `require` (by default psnr>=30 against the exact samples), 3 a search of `budget` evaluations for one. `schedule`
+    is a schedule or a file of one (`pick` chooses from a front). Schedules are tried out on `images` images and
+    checked on others; `conditions` are needed where the model has some that are not classes. `own_process` as in
+    `dcc.runtime.load`. The artifact is checked before it gets its name; nothing is left behind otherwise. Raises a
+    DccError of the stage that failed, QualityError where the requirement is missed.
     """
     _check_options(target, opt_level, granularity, max_batch, guidance)
-    clock = _Clock(progress)
+    _check_schedule_options(opt_level, require, schedule, pick, budget, images, max_batch)
+    clock = StageClock(progress)
     destination = Path(output)
     _check_destination(destination)
-    with clock("loading the model"):
-        loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, example_inputs=example_inputs, roles=roles)  # type: ignore[arg-type]
-    with clock("tabulating the sampler"):
-        table = _sampler(loaded, sampler, steps, dict(sampler_options or {}))
-    guide = _guidance(loaded, guidance, guidance_scale)
-    with clock("tracing"):
-        program = trace(
-            loaded.module, loaded.example_inputs, loaded.roles, name=loaded.name, nulls=loaded.nulls,
-            ranges=loaded.ranges, guidance=guide, unbatched=loaded.unbatched,
-            rows=max_batch * (2 if guide.mode == "cfg" else 1),
-        )  # fmt: skip
-    program.sampler, program.source = table, loaded.source
-    with clock("running passes"):
-        _fold_lora(program, lora)
-        run_passes(program, pipeline(opt_level))
+    source = Source(
+        model, example_inputs, roles, arch, sampler, steps, sampler_options, guidance, guidance_scale, lora,
+        max_batch, trust_pickle,
+    )  # fmt: skip
+    prepared = prepare(source, opt_level, clock)
+    program, loaded = prepared.program, prepared.loaded
+    digest = program.hash()
+    table, guide = program.sampler, program.guidance
     recipe = {
         "source": loaded.source, "target": target, "opt_level": opt_level,
         "sampler": None if table is None else table.name, "steps": None if table is None else table.steps,
-        "sampler_options": {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in (sampler_options or {}).items()
-        },
-        "guidance": guide.mode, "guidance_scale": guide.scale, "lora": [list(item) for item in lora],
-        "max_batch": max_batch, "granularity": granularity,
+        "guidance": guide.mode, "guidance_scale": guide.scale, "granularity": granularity, "require": require,
+        **source.recipe(),
     }  # fmt: skip
     partial = destination.with_name(f".{os.getpid():x}.{destination.name[:60]}.partial")
+    chosen: Chosen | None = None
     try:
+        if opt_level >= 2 or schedule is not None:
+            from dcc.search.choose import choose
+
+            with tempfile.TemporaryDirectory(prefix="dcc-", ignore_cleanup_errors=True) as folder:
+                chosen = choose(
+                    prepared, Path(folder), opt_level=opt_level, require=require, schedule=schedule, pick=pick,
+                    budget=budget, images=images, conditions=conditions, target=target, own_process=own_process,
+                    clock=clock, told=progress,
+                )  # fmt: skip
+            program.schedule = chosen.schedule
+            program.reports.append(chosen.report)
         with clock("lowering"), ArtifactWriter(partial) as writer:
-            plan = lower(program, writer, granularity)
+            plan = lower(program, writer, granularity, templates=None if chosen is None else chosen.templates)
             writer.add_member("program.txt", program_text(program, costs=True).encode())
-            digest = program.hash()
-            writer.finish(_manifest(program, plan, digest, target, recipe))
+            if program.schedule is not None:
+                writer.add_member("schedule.json", json.dumps(program.schedule.to_json()).encode())
+            writer.finish(manifest_of(program, plan, digest, target, recipe))
         with clock("checking against the model"):
-            error = check_forward(partial, program, loaded)
+            # A pruned component is missing in a single forward as well.
+            pruned = any(action.kind == "skip" for action in program.schedule.actions[0]) if program.schedule else False
+            error = float("nan") if pruned else check_forward(partial, program, loaded)
         partial.replace(destination)
     except OSError as failure:
         raise ExportError(
@@ -140,58 +155,41 @@ def compile(
         parameters=loaded.parameters, size_bytes=destination.stat().st_size, seconds=clock.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, forward_error=error,
         engines=len(plan.engines), passes=[asdict(report) for report in program.reports],
+        schedule=None if chosen is None else chosen.worth,
     )  # fmt: skip
-
-
-def pipeline(opt_level: int) -> tuple[Pass, ...]:
-    """The passes of an optimisation level, in order, ending with the cut."""
-    return (*ALWAYS, *EXACT, CUT) if opt_level else (*ALWAYS, _StayInStep(), CUT)
-
-
-@dataclass(frozen=True)
-class _StayInStep:
-    """`-O0`: every computation happens in the step."""
-
-    name: str = "stay-in-step"
-
-    def apply(self, program: Program) -> PassReport:
-        program.scopes = {
-            node: Scope.STEP for node in program.graph.nodes if node.op in ("call_function", "placeholder", "get_attr")
-        }
-        return PassReport(self.name, "applied", "-O0: nothing is hoisted")
-
-
-class _Clock:
-    """Wall seconds of each stage, which is announced as it starts."""
-
-    def __init__(self, progress: ProgressReport) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._name = ""
-        self._start = 0.0
-
-    def __call__(self, name: str) -> _Clock:
-        self._name = name
-        self._progress(name)
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self._name] = round(time.perf_counter() - self._start, 3)
 
 
 def _check_options(target: str, opt_level: int, granularity: str, max_batch: int, guidance: str) -> None:
     target_named(target)
     if opt_level not in OPT_LEVELS:
-        raise UsageError(f"unknown optimisation level {opt_level}", want="0 (trace and lower) or 1 (exact passes)")
+        want = "0 (trace and lower), 1 (exact passes), 2 (calibrated schedule) or 3 (search)"
+        raise UsageError(f"unknown optimisation level {opt_level}", want=want)
     if granularity not in GRANULARITIES:
         raise UsageError(f"unknown granularity '{granularity}'", want=", ".join(GRANULARITIES))
     if not 1 <= max_batch <= 4096:
         raise UsageError("max_batch is out of range", got=max_batch, want="1 to 4096")
     if guidance not in ("auto", "cfg", "none"):
         raise UsageError(f"unknown guidance '{guidance}'", want="auto, cfg or none")
+
+
+def _check_schedule_options(
+    opt_level: int, require: str | None, schedule: Any, pick: str | None, budget: int, images: int, max_batch: int
+) -> None:
+    if schedule is not None and opt_level >= 2:
+        raise UsageError("a schedule is given, and -O2 and -O3 choose one", next="leave out one of them")
+    if require is not None and schedule is None and opt_level < 2:
+        raise UsageError(
+            "nothing lossy is asked for, so there is nothing to require", got=require, next="-O2, -O3 or --schedule"
+        )
+    if pick is not None and schedule is None:
+        raise UsageError("--pick chooses from a front", got=pick, next="--schedule front.json")
+    if budget < 1 or not 1 <= images <= max_batch:
+        got, want = f"budget {budget}, {images} images", f"budget 1 or more, 1 to {max_batch} images"
+        raise UsageError("the options of the search are out of range", got=got, want=want)
+    if require is not None:
+        from dcc.search.requirement import Requirement
+
+        Requirement.parse(require)
 
 
 def _check_destination(destination: Path) -> None:
@@ -209,63 +207,6 @@ def _check_destination(destination: Path) -> None:
         raise ExportError(
             "the output folder cannot be written", at=folder, got=error, next="choose another -o"
         ) from error
-
-
-def _sampler(loaded: LoadedModel, sampler: Any, steps: int | None, options: dict[str, Any]) -> Any:
-    if isinstance(sampler, str) and sampler.lower() == "none":
-        return None
-    if sampler is None:
-        if loaded.sampler_config is None:
-            if steps is not None or options:
-                raise UsageError("steps without a sampler", next="name one with --sampler (dcc samplers lists them)")
-            return None
-        sampler = loaded.sampler_config
-    named = isinstance(sampler, str) and not Path(sampler).exists()
-    config = loaded.sampler_config if named else None
-    table = sampler_table(sampler, steps=DEFAULT_STEPS if steps is None else steps, config=config, **options)
-    return with_timesteps_scaled(table, loaded.timestep_scale)
-
-
-def _guidance(loaded: LoadedModel, mode: str, scale: float) -> Guidance:
-    conditions = [name for name, role in loaded.roles.items() if role == Role.CONDITION]
-    if mode == "auto":
-        mode = "cfg" if conditions and all(name in loaded.nulls for name in conditions) else "none"
-    if mode == "cfg" and not conditions:
-        raise UsageError("guidance needs a condition to leave out", got="a model without conditions")
-    if mode == "none":
-        return Guidance()
-    return Guidance("cfg", float(scale), loaded.latent_channels if loaded.learned_variance else None)
-
-
-def _fold_lora(program: Program, lora: Sequence[tuple[str, float]]) -> None:
-    if not lora:
-        program.reports.append(PassReport("fold-lora", "declined", "no adapter was given"))
-    for file, scale in lora:
-        report = apply_lora(program.weights, file, scale)
-        figures = {"file": str(file), "scale": scale, "modules": len(report.modules)}
-        why = f"{len(report.modules)} weights changed by {Path(file).name} at scale {scale}"
-        program.reports.append(PassReport("fold-lora", "applied", why, figures))
-
-
-def _manifest(program: Program, plan: Plan, digest: str, target: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    import onnx
-    import onnxruntime
-
-    guidance = program.guidance
-    return {
-        "name": program.name,
-        "program_hash": digest,
-        "target": target,
-        "plan": plan,
-        "sampler": None if program.sampler is None else program.sampler.to_json(),
-        "guidance": {"mode": guidance.mode, "scale": guidance.scale, "channels": guidance.channels},
-        "report": {"passes": [asdict(report) for report in program.reports]},
-        "recipe": recipe,
-        "tools": {
-            "dcc": dcc.__version__, "torch": torch.__version__, "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__, "python": platform.python_version(),
-        },
-    }  # fmt: skip
 
 
 def check_forward(path: Path, program: Program, loaded: LoadedModel) -> float:

@@ -85,7 +85,17 @@ def unroll(program: Program, schedule: Schedule) -> list[list[Operation]]:
     stages = step_stages(program)
     extents = _extents(program, schedule.units, stages)
     calls = [_Call(program, schedule, stages, extents, call).operations() for call in range(schedule.calls)]
-    return _live(calls, outputs_of(program.graph)[0])
+    final = outputs_of(program.graph)[0]
+    live = _live(calls, final)
+    for number, operations in enumerate(live):
+        kept = any(item.kind in ("keep", "delta") and final in item.inputs for item in operations)
+        if kept or not any(final in item.outputs for item in operations):
+            what = "kept" if kept else "left out"
+            raise ScheduleError(
+                f"the denoiser's output cannot be {what}", at=f"call {number}, {final.name}",
+                next="compute the last component, in a unit of its own that stores its branch",
+            )  # fmt: skip
+    return live
 
 
 def _extents(program: Program, units: Sequence[Unit], stages: Sequence[Stage]) -> list[_Extent]:
@@ -142,9 +152,14 @@ class _Call:
             index += 1
         return self._operations
 
-    def _resolve(self, value: Value) -> Value:
+    def _resolve(self, value: Value, reader: str) -> Value:
         while isinstance(value, Node) and value in self._alias:
             value = self._alias[value]
+        if value in self._absent:
+            raise ScheduleError(
+                "a component cannot be skipped: something other than its residual add reads it",
+                at=f"call {self._call}, {reader}", next="reuse it instead",
+            )  # fmt: skip
         return value
 
     def _run(self, stage: Stage) -> None:
@@ -152,24 +167,21 @@ class _Call:
         if missing and len(missing) == len(stage.residuals):
             self._alias |= {item.add: item.stream for item in missing}
             return
-        if missing or any(node in self._absent for node in stage.inputs):
-            raise ScheduleError(
-                "a component cannot be skipped: something other than its residual add reads it",
-                at=f"call {self._call}, {stage.name}", next="reuse it instead",
-            )  # fmt: skip
-        inputs = tuple(self._resolve(node) for node in stage.inputs)
+        inputs = tuple(self._resolve(node, stage.name) for node in stage.inputs)
         self._operations.append(Operation("stage", inputs, stage.outputs, stage.name))
 
     def _keep(self, unit: int) -> None:
+        name = self._schedule.units[unit].name
         for index, (node, base) in enumerate(self._extents[unit].results):
             kept = Kept(unit, index, self._call, node)
             if base is None:
                 self._operations.append(Operation("keep", (node,), (kept,)))
             else:
-                self._operations.append(Operation("delta", (self._resolve(node), self._resolve(base)), (kept,)))
+                ends = self._resolve(node, name), self._resolve(base, name)
+                self._operations.append(Operation("delta", ends, (kept,)))
 
     def _replace(self, unit: int) -> None:
-        action = self._schedule.actions[self._call][unit]
+        action, name = self._schedule.actions[self._call][unit], self._schedule.units[unit].name
         history = self._schedule.history(self._call, unit)[: len(action.weights)]
         for index, (node, base) in enumerate(self._extents[unit].results):
             if action.kind == "skip":
@@ -183,7 +195,7 @@ class _Call:
                 self._alias[node] = kept[0]
                 continue
             weights = () if action == REUSE else tuple(Scalar(weight, node) for weight in action.weights)
-            bases = () if base is None else (self._resolve(base),)
+            bases = () if base is None else (self._resolve(base, name),)
             self._operations.append(Operation("combine", (*bases, *kept, *weights), (node,), based=base is not None))
 
 

@@ -92,7 +92,8 @@ class OnnxRuntimeBackend:
         # One engine a step is a little faster with memory of its own; several are much faster with common memory.
         self._several = several or sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
         # A step of several engines wakes the threads of each in turn, unless all share one pool.
-        self._shared_pool = own_process and self._several
+        # Once there is a common pool, ONNX Runtime refuses sessions with pools of their own.
+        self._shared_pool = _pool_ready or (own_process and self._several)
         if self._several:
             _share_arena()
         if self._shared_pool:

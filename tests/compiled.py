@@ -10,13 +10,13 @@ import numpy as np
 import zoo
 from torch.fx import Graph
 
-from dcc.driver import _manifest, pipeline
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import lower
 from dcc.frontend.samplers import sampler_table
 from dcc.frontend.trace import trace
 from dcc.ir.program import Guidance, Program
 from dcc.passes import run_passes
+from dcc.preparation import manifest_of, pipeline
 
 ROWS = 16
 STEPS = 4
@@ -78,7 +78,7 @@ def write_artifact(program: Program, path: Path, granularity: str = "component",
     run_passes(program, pipeline(opt_level))
     with ArtifactWriter(path) as writer:
         plan = lower(program, writer, granularity)
-        writer.finish(_manifest(program, plan, program.hash(), "cpu", {}))
+        writer.finish(manifest_of(program, plan, program.hash(), "cpu", {}))
 
 
 def relative_difference(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -17,7 +17,6 @@ from compiled import NULLS, SAMPLERS, model_of, relative_difference, traced_prog
 from torch import Tensor
 from torch.fx import Node
 
-from dcc.driver import _manifest, pipeline
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import lower
 from dcc.exports.templates import OnnxTemplate, export_templates
@@ -27,6 +26,7 @@ from dcc.ir.interpret import run_stage
 from dcc.ir.program import Guidance, Program, Role, Stage
 from dcc.ir.schedule import Action, Schedule, Stores, Unit
 from dcc.passes import run_passes
+from dcc.preparation import manifest_of, pipeline
 from dcc.runtime.loaded import LoadedArtifact, load
 from dcc.runtime.noise import Noise
 from dcc.runtime.sampler import Sampler
@@ -34,8 +34,9 @@ from dcc.tolerances import TOLERANCE
 
 EARLY = ("timestep", "request", "table")
 LIMIT = TOLERANCE["float32"].loop
+STEPS = 6
 Values = dict[Node, Tensor]
-_SUBJECTS: dict[tuple[str, int, bool], Subject] = {}
+_SUBJECTS: dict[str, Subject] = {}
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,23 @@ class Subject:
         return {"conditions": both[0], "negative_conditions": negatives, "images": images}
 
 
-def subject(name: str, steps: int = 6, guided: bool = True) -> Subject:
-    """A zoo model ready for schedules, made once in a process; `guided` gives every family both halves."""
-    key = (name, steps, guided)
-    if key not in _SUBJECTS:
-        _SUBJECTS[key] = _make_subject(name, steps, guided)
-    return _SUBJECTS[key]
+def subject(name: str) -> Subject:
+    """A zoo model ready for schedules of six steps, guided; made once in a process."""
+    if name not in _SUBJECTS:
+        _SUBJECTS[name] = _make_subject(name)
+    return _SUBJECTS[name]
 
 
-def _make_subject(name: str, steps: int, guided: bool) -> Subject:
+def without_guidance(subject: Subject) -> Subject:
+    """The same without guidance: one half, whatever the schedule says."""
+    return replace(subject, program=replace(subject.program, guidance=Guidance()))
+
+
+def _make_subject(name: str) -> Subject:
     program = traced_program(name)
     sampler, options = SAMPLERS.get(name, ("ddim", {}))
-    program.sampler = sampler_table(sampler, steps=steps, **options)
-    if guided:
-        program.guidance = Guidance("cfg", 2.5, 4 if name == "diffusers_dit" else None)
+    program.sampler = sampler_table(sampler, steps=STEPS, **options)
+    program.guidance = Guidance("cfg", 2.5, 4 if name == "diffusers_dit" else None)
     run_passes(program, pipeline(1))
     example = {key: value.numpy() for key, value in model_of(name).example_inputs.items()}
     names = [item.name for item in program.input(Role.CONDITION)]
@@ -90,7 +94,7 @@ def write(subject: Subject, schedule: Schedule | None, path: Path, granularity: 
     program = replace(subject.program, schedule=schedule)
     with ArtifactWriter(path) as writer:
         plan = lower(program, writer, granularity, templates=subject.templates)
-        writer.finish(_manifest(program, plan, "0" * 64, "cpu", {}))
+        writer.finish(manifest_of(program, plan, "0" * 64, "cpu", {}))
     return load(path, threads=1)
 
 

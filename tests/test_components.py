@@ -10,7 +10,7 @@ import torch
 from random_graphs import Sketch, aten, values_of
 from torch import Tensor
 
-from dcc.driver import pipeline
+from dcc.preparation import pipeline
 from dcc.ir.components import find_components, reads
 from dcc.ir.graph import is_weight
 from dcc.ir.program import Program, Stage

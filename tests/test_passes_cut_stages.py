@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_graphs import Sketch, apply, aten, random_inputs
 
-from dcc.driver import pipeline
+from dcc.preparation import pipeline
 from dcc.ir.graph import is_static, outputs_of, shape_of
 from dcc.ir.interpret import run_graph, run_stages
 from dcc.ir.program import Program

@@ -10,7 +10,7 @@ import zoo
 from random_graphs import Sketch, apply, aten, random_inputs
 from torch.fx import Node
 
-from dcc.driver import pipeline
+from dcc.preparation import pipeline
 from dcc.frontend.samplers import sampler_table
 from dcc.ir.graph import is_weight, op_name
 from dcc.ir.interpret import run_graph, run_stages

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcc.errors import ArtifactError
-from dcc.runtime.plan import BufferSpec, Call, EngineSpec, Plan, Ref, TensorSpec, plan_from_json, plan_to_json
+from dcc.runtime.plan import (
+    BufferSpec,
+    Call,
+    CallGuidance,
+    EngineSpec,
+    Plan,
+    Ref,
+    TensorSpec,
+    plan_from_json,
+    plan_to_json,
+)
 from dcc.runtime.plan_reader import LIST_LIMIT, TEXT_LIMIT
 from dcc.runtime.plan_rules import RULES
 
@@ -52,6 +62,25 @@ def without(path: str) -> dict[str, Any]:
         place = place[int(key) if key.isdigit() else key]
     del place[last]
     return root
+
+
+def with_history(order: list[int], guidance: list[dict[str, Any]] | None = None, **calls: Any) -> dict[str, Any]:
+    """The example where program 0 computes `k` and keeps it, and program 1 reads it; `calls` replaces their calls."""
+    keeps, reads = copy.deepcopy(JSON["step_programs"])
+    keeps[1]["outputs"] = keeps[2]["inputs"][1:] = reads[0]["inputs"][1:] = ["history:k"]
+    for program, listed in (("keeps", keeps), ("reads", reads)):
+        for call, change in calls.get(program, {}).items():
+            listed[call] = listed[call] | change
+    histories = [{"name": "k", "dtype": "float32", "shape": ["B", 8]}]
+    return JSON | {
+        "histories": histories, "step_programs": [keeps, reads], "order": order, "guidance": guidance or [],
+    }  # fmt: skip
+
+
+def modes(*entries: str) -> list[dict[str, Any]]:
+    """Guidance of each call: a mode, with the number of its weights after a space."""
+    pairs = [entry.partition(" ") for entry in entries]
+    return [{"mode": mode, "weights": [0.5] * int(count or 0)} for mode, _, count in pairs]
 
 
 BROKEN: list[tuple[str, dict[str, Any]]] = [
@@ -118,6 +147,32 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("live-buffers-keep-their-slot", edited("buffers.1.slot", 0)),
     ("live-buffers-keep-their-slot", edited("buffers.1.slot", 2)),
     ("live-buffers-keep-their-slot", edited("buffers.1.slot", -1)),
+    ("names-are-unique", with_history([0, 1, 0]) | {"histories": with_history([0])["histories"] * 2}),
+    ("tensors-are-known", with_history([0, 1, 0]) | {"histories": [{"name": "k", "dtype": "f", "shape": ["B", 8]}]}),
+    ("ports-meet-their-values", with_history([0, 1, 0]) | {"histories": []}),
+    ("ports-meet-their-values", with_history([0, 1, 0]) | {
+        "histories": [{"name": "k", "dtype": "float16", "shape": ["B", 8]}],
+    }),
+    ("ports-meet-their-values", edited("table.0.inputs.1", "history:k")),
+    ("histories-are-written-before-read", with_history([1, 0, 1])),
+    ("histories-are-written-before-read", with_history([0, 1, 0], keeps={0: {"inputs": ["history:k", "table:mod"]}})),
+    ("histories-are-written-before-read", with_history([0, 1, 0]) | {"step_programs": [
+        with_history([0])["step_programs"][0],
+        [{"engine": "mix", "inputs": ["history:k"], "outputs": ["history:k"]}, *with_history([0])["step_programs"][1]],
+    ]}),
+    ("buffers-are-written-once", with_history([0, 1, 0], keeps={
+        0: {"outputs": ["history:k"]}, 1: {"inputs": ["input:x"]},
+    })),
+    ("histories-are-written-before-read", with_history([0, 1, 0], modes("conditional", "both", "both"))),
+    ("histories-are-written-before-read", with_history([0, 0, 1], modes("both", "conditional", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "both", "both", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "neither", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "both 1", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "conditional 1", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "reuse", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("reuse 1", "both", "both"))),
+    ("guidance-has-its-differences", edited("guidance", modes("both", "conditional", "reuse 2"))),
 ]  # fmt: skip
 
 
@@ -160,6 +215,10 @@ MALFORMED: list[tuple[str, Any]] = [
     ("plan.inputs[2].minimum", edited("inputs.2.minimum", 1.0)),
     ("plan.constants[0].rows", edited("constants.0.rows", 1)),
     ("plan.inputs[2]", without("inputs.2.null")),
+    ("plan.guidance[0].mode", edited("guidance", [{"mode": None, "weights": []}])),
+    ("plan.guidance[0].weights", edited("guidance", [{"mode": "reuse", "weights": 1.0}])),
+    ("plan.guidance[0].weights[1]", edited("guidance", [{"mode": "reuse", "weights": [1.0, float("inf")]}])),
+    ("plan.histories[0].shape[0]", edited("histories", [{"name": "k", "dtype": "float32", "shape": [None]}])),
     ("plan.table[0].inputs[0]", edited("table.0.inputs.0", "timestep")),
     ("plan.table[0].inputs[0]", edited("table.0.inputs.0", "register:f")),
     ("plan.table[0].inputs[0]", edited("table.0.inputs.0", "timestep:")),
@@ -192,6 +251,82 @@ def test_denoise_alone_needs_no_sampler_calls() -> None:
     """Without a sampler there are no calls, and timestep values have no stored rows."""
     plan = replace(PLAN, order=(), constants=PLAN.constants[1:])
     assert plan_from_json(plan_to_json(plan)) == plan
+
+
+def test_histories_and_guidance_that_keep_the_rules_are_read() -> None:
+    for value in (
+        with_history([0, 1, 0]),
+        with_history([0, 1, 1], modes("conditional", "conditional", "conditional")),
+        with_history([0, 0, 1], modes("conditional", "both", "both")),
+        with_history([0, 1, 1], modes("both", "reuse 1", "conditional")),
+        with_history([0, 0, 1], modes("both", "both", "reuse 2")),
+    ):
+        plan = plan_from_json(value)
+        assert plan_to_json(plan) == value
+
+
+# For each sampler call whether both halves run, and in order the histories that its engines read and write.
+Halves = list[tuple[bool, list[tuple[frozenset[int], int]]]]
+
+
+def stale(calls: Halves) -> bool:
+    """The meaning of the rule on histories, row by row: a row that runs reads what no call wrote for it."""
+    memory: dict[int, tuple[bool, bool]] = {}
+    for both, engines in calls:
+        runs = (True, both)
+        for read, new in engines:
+            for history in read:
+                held = memory.get(history, (False, False))
+                if any(needed and not there for needed, there in zip(runs, held, strict=True)) or history == new:
+                    return True
+            memory[new] = runs
+    return False
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(
+            st.booleans(),
+            st.lists(
+                st.tuples(st.frozensets(st.integers(0, 2), max_size=2), st.integers(0, 2)),
+                max_size=3,
+                unique_by=lambda engine: engine[1],
+            ),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_history_rule_agrees_with_brute_force(calls: Halves) -> None:
+    plan = plan_of([], [])
+    programs = []
+    for _, engines in calls:
+        program = [
+            Call(
+                f"reads{len(read)}", tuple(Ref("history", f"k{i}") for i in sorted(read)), (Ref("history", f"k{new}"),)
+            )
+            for read, new in engines
+        ]
+        programs.append((*program, *plan.step_programs[0]))
+    plan = replace(
+        plan,
+        histories=tuple(TensorSpec(f"k{index}", "float32", ROW) for index in range(3)),
+        step_programs=tuple(programs),
+        order=tuple(range(len(calls))),
+        guidance=tuple(CallGuidance("both" if both else "conditional", ()) for both, _ in calls),
+        constants=PLAN.constants[1:],
+        timestep_ports=(),
+        timestep=(),
+        table=(),
+        table_ports=(),
+    )
+    value = plan_to_json(plan)
+    if stale(calls):
+        with pytest.raises(ArtifactError, match="histories-are-written-before-read"):
+            plan_from_json(value)
+    else:
+        assert plan_from_json(value) == plan
 
 
 # A step program as data: for each call the buffers that it reads and the one that it writes.

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcc.driver import pipeline
+from dcc.preparation import pipeline
 from dcc.errors import ScheduleError
 from dcc.frontend.schedules import (
     PRESETS,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from random_graphs import Recipe, lifetimes, random_inputs, recipes, values_of
 from torch.fx import Graph, Node
 
-from dcc.driver import pipeline
+from dcc.preparation import pipeline
 from dcc.exports.step_plan import assign_slots
 from dcc.ir.dependence import label_scopes
 from dcc.ir.interpret import run_graph, run_stages

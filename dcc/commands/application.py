@@ -8,10 +8,12 @@ import typer
 
 import dcc
 from dcc.commands.bench import bench
+from dcc.commands.calibrate import calibrate
 from dcc.commands.compile import compile_model
 from dcc.commands.inspect import inspect
 from dcc.commands.listing import passes, samplers, targets
 from dcc.commands.run import run
+from dcc.commands.search import search
 from dcc.commands.verify import verify
 
 application = typer.Typer(
@@ -43,6 +45,6 @@ def options(
     # `--traceback` is taken from the command line before typer reads it; here it is only documented.
 
 
-for verb in (run, verify, bench, inspect, targets, passes, samplers):
+for verb in (search, calibrate, run, verify, bench, inspect, targets, passes, samplers):
     application.command()(verb)
 application.command("compile")(compile_model)

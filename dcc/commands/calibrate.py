@@ -31,6 +31,7 @@ def calibrate(
     ] = "2,8,32",
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
     sampler: options.SamplerOption = None,
+    sampler_option: options.SamplerValueOption = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler (default 50).")] = None,
     arch: options.ArchOption = None,
     role: options.RoleOption = None,
@@ -47,8 +48,9 @@ def calibrate(
     with Stages(verbose, live=False) as stages, stdout_reserved():
         stages("importing torch")
         from dcc.calibrate import calibrate as measure
-        from dcc.calibrate import check, compile_for_calibration, engine_contents, new_table
+        from dcc.calibrate import check, compile_for_calibration, engine_contents, engine_titles, new_table
         from dcc.cost_model.table import CalibrationTable, default_path
+        from dcc.preparation import Source
         from dcc.runtime import load
 
         path = Path(output) if output else default_path(target)
@@ -57,20 +59,22 @@ def calibrate(
         with tempfile.TemporaryDirectory(prefix="dcc-calibrate-") as folder:
             stages("compiling, cut at every component")
             file = Path(folder) / "model.dcc"
-            program = compile_for_calibration(
-                model, file, steps=steps, sampler=sampler, arch=arch, roles=roles, trust_pickle=trust_pickle,
-                max_batch=max(64, *counts),
+            source = Source(
+                model, sampler=sampler, steps=steps, arch=arch, roles=roles, trust_pickle=trust_pickle,
+                sampler_options=options.sampler_options(sampler_option), max_batch=max(64, *counts),
             )  # fmt: skip
+            program = compile_for_calibration(source, file)
             artifact = load(file, threads=threads, own_process=True)
             contents = engine_contents(artifact.artifact, program)
             found = measure(file, contents, counts, repeats, threads=threads, told=stages)
             fresh = new_table(target, threads)
             table = (_known(CalibrationTable, path, fresh)).merged(found.measurements)
+            titles = engine_titles(artifact.artifact)
             checks = check(artifact, contents, found, table, threads)
         table.save(path)
     report = {
         "table": str(path), "machine": table.to_json()["machine"], "coefficients": table.to_json()["coefficients"],
-        "measurements": len(found.measurements), "engines": _engines(found.measurements, contents, table),
+        "measurements": len(found.measurements), "engines": _engines(found.measurements, contents, titles, table),
         "check": [{**vars(item), "error": item.error} for item in checks],
     }  # fmt: skip
     if as_json:
@@ -90,16 +94,17 @@ def _known(kind: type[CalibrationTable], path: Path, fresh: CalibrationTable) ->
 
 
 def _engines(
-    found: tuple[Measurement, ...], contents: dict[str, EngineWork], table: CalibrationTable
+    found: tuple[Measurement, ...], contents: dict[str, EngineWork], titles: dict[str, str], table: CalibrationTable
 ) -> list[dict[str, Any]]:
-    """Each distinct engine of the model: its first name, how many there are of it, measured and fitted seconds."""
+    """Each distinct engine of the model: its stages, how many there are of it, measured and fitted seconds."""
     names: dict[str, list[str]] = {}
     for name, engine in contents.items():
         names.setdefault(engine.key, []).append(name)
     fitted = table.coefficients["engine"]
     return [
         {
-            "engine": names[item.key][0], "count": len(names[item.key]), "rows": item.rows, "seconds": item.seconds,
+            "engine": titles[names[item.key][0]], "count": len(names[item.key]), "rows": item.rows,
+            "seconds": item.seconds,
             "spread": item.spread, "samples": item.samples, "flops": item.work.flops, "bytes": item.work.moved_bytes,
             "fitted_seconds": fitted.call + fitted.part_seconds(item.work),
         }

@@ -22,8 +22,22 @@ def compile_model(
     output: Annotated[str, typer.Option("-o", "--output", help="The artifact to write.")] = "model.dcc",
     target: Annotated[str, typer.Option(help="A name of `dcc targets`.")] = "cpu",
     opt_level: Annotated[
-        int, typer.Option("-O", "--opt-level", metavar="LEVEL", help="0 traces and lowers, 1 runs exact passes.")
+        int,
+        typer.Option(
+            "-O", "--opt-level", metavar="LEVEL",
+            help="0 traces and lowers, 1 runs exact passes, 2 adds a calibrated schedule, 3 searches for one.",
+        ),
     ] = 1,
+    require: Annotated[
+        str | None, typer.Option(metavar="METRIC>=VALUE", help="Quality of a schedule (default with -O2: psnr>=30).")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A schedule, a front.json, ECAD's file or a step mask.")
+    ] = None,
+    pick: Annotated[str | None, typer.Option(metavar="2.5x|30dB|HASH", help="Which point of a front.json.")] = None,
+    budget: Annotated[int, typer.Option(help="Evaluations of -O3.")] = 200,
+    images: Annotated[int, typer.Option(help="Images that a schedule is tried out on.")] = 16,
+    condition: options.ConditionOption = None,
     sampler: options.SamplerOption = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler (default 50).")] = None,
     sampler_option: options.SamplerValueOption = None,
@@ -38,7 +52,7 @@ def compile_model(
     as_json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Compile a trained model into MODEL.dcc; exact passes only."""
+    """Compile a trained model into MODEL.dcc; exact unless a schedule is asked for with -O2, -O3 or --schedule."""
     sampler_values = options.sampler_options(sampler_option)
     roles = options.key_values(role, "--role")
     files = options.lora_files(lora)
@@ -50,8 +64,9 @@ def compile_model(
             model, output=output, target=target, roles=roles or None, arch=arch, sampler=sampler, steps=steps,
             sampler_options=sampler_values, guidance=guidance,
             guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale, lora=files,
-            opt_level=opt_level, max_batch=max_batch, granularity=granularity, trust_pickle=trust_pickle,
-            progress=stages,
+            opt_level=opt_level, require=require, schedule=schedule, pick=pick, budget=budget, images=images,
+            conditions=options.condition_values(condition), max_batch=max_batch, granularity=granularity,
+            trust_pickle=trust_pickle, own_process=True, progress=stages,
         )  # fmt: skip
     if as_json:
         print_json(report.to_json())
@@ -70,7 +85,34 @@ def _show(report: CompileReport) -> None:
         ("check", f"forward equals the model's to {report.forward_error:.1e} of its range"),
         ("time", f"{sum(report.seconds.values()):.1f} s, {size(report.peak_memory_bytes)} of memory at most"),
     ]
+    rows += schedule_rows(report.schedule)
     say("\n".join(f"{name:<14} {value}" for name, value in rows))
+
+
+def schedule_rows(worth: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a schedule is worth, beside the run with fewer steps that takes the same time."""
+    if worth is None:
+        return []
+    quality, plain = worth["quality"], worth["fewer_steps"]
+
+    def shown(value: float | None, structure: float | None) -> str:
+        text = "equal" if value is None else f"{value:.2f} dB"
+        return text if structure is None else f"{text}, SSIM {structure:.4f}"
+
+    seeds = worth["held_out_seeds"]
+    latency = f"{worth['latency_ms']:.0f} ms for {worth['images']} images, exact {worth['exact_ms']:.0f} ms"
+    rows = [
+        ("speed-up", f"{worth['speedup']:.2f}x: {latency}; {worth['computed_share']:.1%} of the FLOPs"),
+        ("quality", f"{shown(quality['psnr'], quality['ssim'])} on seeds {seeds[0]} to {seeds[1]}, held out"),
+    ]
+    if plain is not None:
+        same = f"{plain['steps']} plain steps, {plain['latency_ms']:.0f} ms"
+        rows.append(("fewer steps", f"{same}: {shown(plain['psnr'], plain['ssim'])}"))
+    if worth["predicted_ms"] is not None:
+        rows.append(("predicted", f"{worth['predicted_ms']:.0f} ms, {worth['prediction_error']:+.1%} of the measured"))
+    if "required" in worth:
+        rows.append(("required", f"{worth['required']['text']}: {worth['required']['value']:.3f}"))
+    return rows
 
 
 def show_passes(reports: list[dict[str, Any]]) -> None:

@@ -122,7 +122,7 @@ def _trace(
     roles: dict[str, str] | None, trust_pickle: bool,
 ) -> Program:  # fmt: skip
     """The Program as `dcc compile` would lower it."""
-    from dcc import driver
+    from dcc import preparation
     from dcc.frontend.load import load_model
     from dcc.frontend.trace import trace
     from dcc.passes import run_passes
@@ -130,15 +130,16 @@ def _trace(
     stages("loading the model")
     loaded = load_model(model, arch=arch, trust_pickle=trust_pickle, roles=roles)
     stages("tabulating the sampler")
-    table = driver._sampler(loaded, sampler, steps, {})
+    table = preparation.sampler_of(loaded, sampler, steps, {})
     stages("tracing")
     program = trace(
         loaded.module, loaded.example_inputs, loaded.roles, name=loaded.name, nulls=loaded.nulls, ranges=loaded.ranges,
-        guidance=driver._guidance(loaded, "auto", driver.DEFAULT_GUIDANCE_SCALE), unbatched=loaded.unbatched,
+        guidance=preparation.guidance_of(loaded, "auto", preparation.DEFAULT_GUIDANCE_SCALE),
+        unbatched=loaded.unbatched,
     )  # fmt: skip
     program.sampler, program.source = table, loaded.source
     stages("running passes")
-    run_passes(program, driver.pipeline(1))
+    run_passes(program, preparation.pipeline(1))
     return program
 
 

@@ -26,8 +26,8 @@ def passes(as_json: JsonOption = False) -> None:
     """List the passes in the order in which they run."""
     with Stages() as stages:
         stages("importing torch")
-        from dcc.driver import pipeline
         from dcc.frontend import lora
+        from dcc.preparation import pipeline
 
     first = {"name": "fold-lora", "level": 0, "summary": _first_line(lora.__doc__)}
     always = {step.name for step in pipeline(0)}

@@ -30,6 +30,9 @@ SamplerOption = Annotated[
 SamplerValueOption = Annotated[
     list[str] | None, typer.Option("--sampler-option", metavar="KEY=VALUE", help="An option of the scheduler.")
 ]
+ConditionOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="JSON or a .npy file: one row, or one per image.")
+]
 # Arguments of `sampler_table` that have options of their own, or none.
 NOT_SAMPLER_OPTIONS = ("source", "steps", "config", "dtype")
 
@@ -63,6 +66,22 @@ def sampler_options(items: Sequence[str] | None) -> dict[str, Any]:
                 f"'{key}' is not an option of a scheduler", got=f"--sampler-option {key}={values[key]}",
                 next="--steps N" if key == "steps" else "leave it out",
             )  # fmt: skip
+    return values
+
+
+def condition_values(items: Sequence[str] | None, flag: str = "--condition") -> dict[str, Any]:
+    """JSON, or the array in a .npy file, by name of the condition."""
+    import numpy as np
+
+    values: dict[str, Any] = {}
+    for name, text in key_values(items, flag).items():
+        if not text.endswith(".npy"):
+            values[name] = parsed(text)
+            continue
+        try:
+            values[name] = np.load(text, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {flag} {name}", at=text, got=error, next="give a .npy array") from error
     return values
 
 

@@ -22,9 +22,6 @@ DEFAULT_IMAGES = 16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SeedsOption = Annotated[str | None, typer.Option(metavar="1,2,3", help="One seed per image.")]
-ConditionOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="JSON or a .npy file: one row, or one per image.")
-]
 
 
 def run(
@@ -32,7 +29,7 @@ def run(
     classes: Annotated[
         list[int] | None, typer.Option("--class", "-c", help="Class to draw; several are taken in turn (default: all).")
     ] = None,
-    condition: ConditionOption = None,
+    condition: options.ConditionOption = None,
     negative: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="The condition of the other half of guidance.")
     ] = None,
@@ -51,8 +48,8 @@ def run(
     """Sample images from an artifact; image i has its own seed, whatever else is in the batch."""
     path = Path(output)
     kind = _kind(path)
-    given = _values(condition, "--condition")
-    others = _values(negative, "--negative")
+    given = options.condition_values(condition, "--condition")
+    others = options.condition_values(negative, "--negative")
     chosen = _seeds(images, seed, seeds, classes)
     options.check_writable(path)
     with Stages() as stages:
@@ -173,20 +170,6 @@ def _seeds(images: int | None, seed: int, seeds: str | None, classes: Sequence[i
     values = options.integers(seeds, "--seeds")
     if images is not None and images != len(values):
         raise UsageError("-n and --seeds disagree", got=f"-n {images}, {len(values)} seeds", next="leave -n out")
-    return values
-
-
-def _values(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """JSON, or the array in a .npy file, by name of the condition."""
-    values: dict[str, Any] = {}
-    for name, text in options.key_values(items, flag).items():
-        if not text.endswith(".npy"):
-            values[name] = options.parsed(text)
-            continue
-        try:
-            values[name] = np.load(text, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read {flag} {name}", at=text, got=error, next="give a .npy array") from error
     return values
 
 

@@ -89,7 +89,7 @@ class Stages:
 
     def __init__(self, verbose: bool = False, live: bool = True) -> None:
         self._console = console(sys.stderr)
-        self._live = live and self._console.is_terminal
+        self.live = live and self._console.is_terminal
         self._verbose = verbose
         self._status: Any = None
         self._name = ""
@@ -106,7 +106,7 @@ class Stages:
     def __call__(self, name: str) -> None:
         self._end()
         self._name, self._start = name, time.perf_counter()
-        if not self._live:
+        if not self.live:
             notice(name)
         elif self._status is None:
             self._status = self._console.status(name)
@@ -115,7 +115,7 @@ class Stages:
             self._status.update(name)
 
     def _end(self) -> None:
-        if self._name and (self._verbose or self._live):
+        if self._name and (self._verbose or self.live):
             self._console.print(f"dcc: {self._name}: {time.perf_counter() - self._start:.1f} s")
         self._name = ""
 

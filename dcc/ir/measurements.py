@@ -31,7 +31,8 @@ WINDOW = 8
 ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
 SMALLEST = 1e-30  # stands for a mean absolute value of zero
 SIGNALS = ("first_block", "stack", "output", "latent", "guidance")
-VECTORS = ("magnitude_ratio", "output_size", "latent_size")
+VECTORS = ("magnitude_ratio", "output_size", "latent_size", "sensitivity")
+PAIRS = (*SIGNALS, "output_products")
 
 
 class Declined(DccError):
@@ -74,6 +75,10 @@ class Measurements:
     magnitude_ratio  `[calls]`: the mean over tokens of `|r_t| / |r_(t-1)|`, r being what all components add, and 1
                      for the first call (MagCache's gamma, arXiv:2506.09045)
     output_size, latent_size  `[calls]`: mean absolute values
+    sensitivity      `[calls]`: root mean squared error of the sample for one of a call's guided output, the later calls
+                     exact; 1 where it was not measured
+    output_products  `[calls, calls]`: mean products of the guided outputs of two calls, from which the error of any
+                     linear forecast of an output by others follows
     """
 
     name: str
@@ -89,11 +94,13 @@ class Measurements:
     magnitude_ratio: Array
     output_size: Array
     latent_size: Array
+    sensitivity: Array
+    output_products: Array
 
     def __post_init__(self) -> None:
         calls, count = len(self.output_size), len(self.components)
         shapes: dict[str, tuple[int, ...]] = {"branch": (self.window, calls, count)}
-        shapes |= dict.fromkeys(SIGNALS, (calls, calls)) | dict.fromkeys(VECTORS, (calls,))
+        shapes |= dict.fromkeys(PAIRS, (calls, calls)) | dict.fromkeys(VECTORS, (calls,))
         for name, shape in shapes.items():
             values = getattr(self, name)
             if values is None and name == "guidance":
@@ -134,9 +141,9 @@ class Measurements:
         if not isinstance(value["name"], str):
             _refuse("name", type(value["name"]).__name__, "a text")
         arrays: dict[str, Any] = {
-            key: _array(value[key], key) for key in ("branch", *SIGNALS, *VECTORS) if value[key] is not None
+            key: _array(value[key], key) for key in ("branch", *PAIRS, *VECTORS) if value[key] is not None
         }
-        if missing := {"branch", *SIGNALS, *VECTORS} - set(arrays) - {"guidance"}:
+        if missing := {"branch", *PAIRS, *VECTORS} - set(arrays) - {"guidance"}:
             _refuse(min(missing), "null", "numbers")
         plain = {key: value[key] for key in ("name", "first_block_components", "runs")}
         return Measurements(components=tuple(components), **plain, **{"guidance": None, **arrays})
@@ -148,6 +155,7 @@ def measure(
     window: int = WINDOW,
     *,
     first_block: int = 1,
+    guidance_scale: float = 1.0,
     name: str = "",
 ) -> Measurements:
     """The changes between the calls of one exact run or of several, each from call 0 on and one after the other.
@@ -165,7 +173,7 @@ def measure(
         if item.call == 0:
             if runs:
                 runs[-1].forget()
-            runs.append(_Run(window, first_block))
+            runs.append(_Run(window, first_block, guidance_scale))
         if not runs or item.call != runs[-1].calls:
             _refuse("features", f"call {item.call}", f"call {runs[-1].calls if runs else 0}")
         runs[-1].add(item)
@@ -176,7 +184,7 @@ def measure(
     guided = all(run.guided for run in runs)
     averages: dict[str, Any] = {
         key: np.mean([run.result(key) for run in runs], axis=0)
-        for key in ("branch", *SIGNALS, *VECTORS)
+        for key in ("branch", *PAIRS, *VECTORS)
         if guided or key != "guidance"
     }
     return Measurements(name, tuple(components), first_block, len(runs), **{"guidance": None, **averages})
@@ -185,8 +193,9 @@ def measure(
 class _Run:
     """The signals of one run: kept values to compare the next call with, and the changes found so far."""
 
-    def __init__(self, window: int, first_block: int) -> None:
-        self.window, self.first_block = window, first_block
+    def __init__(self, window: int, first_block: int, guidance_scale: float) -> None:
+        self.window, self.first_block, self.guidance_scale = window, first_block, guidance_scale
+        self.outputs: list[Array] = []  # guided
         self.calls = 0
         self.guided = True
         self.kept: dict[str, list[tuple[Value, float]]] = {name: [] for name in SIGNALS}
@@ -194,6 +203,7 @@ class _Run:
         self.branches: list[list[tuple[Value, float]]] = []  # newest first
         self.branch_changes: list[list[list[float]]] = []
         self.ratios: list[float] = []
+        self.products: Array = np.zeros((0, 0))
         self.sizes: dict[str, list[float]] = {"output_size": [], "latent_size": []}
 
     def add(self, item: Features) -> None:
@@ -214,6 +224,10 @@ class _Run:
             self.changes[name].append([_change(value, *earlier) for earlier in self.kept[name]])
             # The runner may write the next call into the same buffers.
             self.kept[name].append((_copy(value), _size(value)))
+        guided: Array = item.output[: item.images].astype(np.float64)
+        if len(item.output) == 2 * item.images:
+            guided = guided + (self.guidance_scale - 1.0) * (guided - item.output[item.images :])
+        self.outputs.append(guided.ravel())
         self.sizes["output_size"].append(_size(item.output))
         self.sizes["latent_size"].append(_size(item.latent))
         self.branch_changes.append(
@@ -226,13 +240,21 @@ class _Run:
         self.calls += 1
 
     def forget(self) -> None:
-        self.kept, self.branches = {name: [] for name in SIGNALS}, []
+        self.products = self.result("output_products")
+        self.kept, self.branches, self.outputs = {name: [] for name in SIGNALS}, [], []
 
     def result(self, name: str) -> Array:
         if name == "magnitude_ratio":
             return np.array(self.ratios)
+        if name == "output_products":
+            if not self.outputs:
+                return self.products
+            stacked = np.stack(self.outputs)
+            return np.asarray(stacked @ stacked.T / stacked.shape[1])
         if name in self.sizes:
             return np.array(self.sizes[name])
+        if name == "sensitivity":
+            return np.ones(self.calls)
         if name == "branch":
             count = len(self.branch_changes[-1][0]) if self.calls > 1 else 0
             branch = np.zeros((self.window, self.calls, count))
@@ -287,7 +309,8 @@ class Subject:
 
     `kinds` names the place of each component in its block: attention, attention 2, mlp, mlp 2, or block. `blocks` are
     component indices. `sigmas` are the calls' ratios of noise to signal (`sqrt(1 - a) / sqrt(a)`, EDM's sigma), None
-    where the sampler's table does not give them away. `flops` are of one call of each component, `glue_flops` of the
+    where the sampler's table does not give them away.
+    `flops` are of one call of each component, `glue_flops` of the
     rest of the step. `guidance` are the modes of the Program's schedule, empty where it has none.
     """
 
@@ -513,6 +536,11 @@ def noise_levels(sampler: Any) -> tuple[float, ...] | None:
             return None
         levels.append(math.inf if signal_now < 1e-6 * noise_now else max(0.0, float(noise_now / signal_now)))
     return tuple(levels)
+
+
+def blocks_of(program: Program) -> tuple[tuple[int, ...], ...]:
+    """Which components form a block, as indices."""
+    return _blocks([stage for stage in program.stages if stage.kind == "component"])
 
 
 def _blocks(stages: Sequence[Stage]) -> tuple[tuple[int, ...], ...]:

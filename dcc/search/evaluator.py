@@ -22,8 +22,7 @@ class TrajectoryEvaluator:
         """Predicted milliseconds of one generation of the search's images."""
         laboratory = self.laboratory
         requests = laboratory.search
-        guided = laboratory.program.guidance.mode == "cfg" and requests.guidance_scale != 1.0
-        loop = planned_loop(laboratory.program, laboratory.plan_of(schedule), requests.images, guided)
+        loop = planned_loop(laboratory.program, laboratory.plan_of(schedule), requests.images, laboratory.guided)
         return predict(loop, self.costs).seconds * 1e3
 
     def evaluate(self, schedule: Schedule) -> Evaluation:

@@ -13,7 +13,6 @@ Source    Deb et al. 2002 (NSGA-II); ECAD, ICLR 2026, which searches caching sch
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +39,7 @@ from dcc.search.genome import (
     features,
     from_schedule,
     to_schedule,
+    trend,
     work,
 )
 from dcc.search.moves import cross, mutate
@@ -53,6 +53,7 @@ MINIMUM_TO_FIT = 6
 MODEL_POINTS = 300
 BINS = 8  # of speed, that are served in turn
 KEPT_IN_BIN = 5
+CURIOSITY = 0.5  # of a standard deviation: how far predictions are trusted to be wrong
 EXACT = "exact"
 
 
@@ -490,8 +491,8 @@ class Children(InfillCriterion):
         parents = self._parents(pop)
         picked: list[Array] = []
         chosen: set[str] = set()
-        if options.screened > 1 and len(run.candidates) >= MINIMUM_TO_FIT:
-            model = _Model(run)
+        model = _Model.of(run) if options.screened > 1 else None
+        if model is not None:
             evaluated = {genome.vector().tobytes() for genome in run.genomes}
             pool: dict[bytes, Array] = {}
             for _ in range(options.rounds):
@@ -544,17 +545,23 @@ class Children(InfillCriterion):
 class _Model:
     """Predictions for genomes from everything that was evaluated."""
 
-    def __init__(self, run: _Search) -> None:
-        self.run = run
-        values = run.objectives(range(len(run.candidates)))
+    @staticmethod
+    def of(run: _Search) -> _Model | None:
+        """None where there is too little to learn from."""
         finite = [
             index
             for index, item in enumerate(run.candidates)
             if math.isfinite(item.evaluation.loss) and math.isfinite(item.evaluation.latency_ms)
         ]
-        used = finite[-MODEL_POINTS:]
+        # Next to no loss says nothing of the others, and its log would dominate.
+        used = [index for index in finite if run.candidates[index].evaluation.loss > run.reference[1] * LOSS_DEPTH]
+        return _Model(run, finite, used[-MODEL_POINTS:]) if len(used) >= MINIMUM_TO_FIT else None
+
+    def __init__(self, run: _Search, finite: list[int], used: list[int]) -> None:
+        self.run = run
+        values = run.objectives(range(len(run.candidates)))
         genomes = Genome.of_vector(run.space, np.stack([run.genomes[index].vector() for index in used]))
-        self.loss = LossModel.fit(features(run.space, genomes), values[used, 1])
+        self.loss = LossModel.fit(features(run.space, genomes), trend(run.space, genomes), values[used, 1])
         latencies = np.array([run.candidates[index].evaluation.latency_ms for index in used])
         self.latency = LatencyModel.fit(work(run.space, genomes), latencies)
         feasible = [index for index in finite if run._violation(index) == 0]
@@ -563,7 +570,7 @@ class _Model:
     def predict(self, rows: Array) -> tuple[Array, Array, Array]:
         """Log latency, log loss and its standard deviation of canonical genomes, relative to the reference point."""
         genomes = Genome.of_vector(self.run.space, rows)
-        loss, spread = self.loss.predict(features(self.run.space, genomes))
+        loss, spread = self.loss.predict(features(self.run.space, genomes), trend(self.run.space, genomes))
         latency = self.latency.predict(work(self.run.space, genomes))
         return np.log(np.clip(latency / self.run.reference[0], 1e-6, 1e6)), loss, spread
 
@@ -615,7 +622,7 @@ class Judgement:
         order = front[np.argsort(front[:, 0], kind="stable")]
         levels = np.minimum.accumulate(np.concatenate([[0.0], order[:, 1]]))
         level = levels[np.searchsorted(order[:, 0], self.latency, side="right")]
-        spread = np.maximum(self.spread, 1e-6)
+        spread = np.maximum(CURIOSITY * self.spread, 1e-6)
         ratio = np.clip((level - self.loss) / spread, -30, 30)
         density = np.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
         below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in ratio])

@@ -251,6 +251,17 @@ def features(space: Space, genome: Genome) -> Array:
     return np.concatenate(parts, axis=-1)
 
 
+def trend(space: Space, genome: Genome) -> Array:
+    """The few figures that say how much a canonical genome, or stack, leaves out, float64 [..., 6]."""
+    ages, guided = staleness(genome)
+    share = (genome.actions == COMPUTES).mean(axis=(-2, -1))
+    logs = np.log2(1 + ages).mean(axis=-1).sum(axis=-1)
+    powers = np.sqrt((ages.mean(axis=-1) ** 1.5).sum(axis=-1))
+    guidance = np.log2(1 + guided).sum(axis=-1)
+    columns = [np.ones_like(share), np.log(share + 0.02), share, np.log1p(logs), powers, guidance]
+    return np.stack(columns, axis=-1)
+
+
 def work(space: Space, genome: Genome) -> Array:
     """What a model of the latency sees of a canonical genome, or stack, float64 [..., components + 3].
 
@@ -301,7 +312,7 @@ def _modes(genes: Array) -> tuple[GuidanceMode, ...]:
         elif gene == DROPS_GUIDANCE:
             modes.append(CONDITIONAL)
         else:
-            modes.append(GuidanceMode("reuse", _weights(both, call, int(gene) - 1)))
+            modes.append(GuidanceMode("reuse", tuple(float(value) for value in _weights(both, call, int(gene) - 1))))
     return tuple(modes)
 
 

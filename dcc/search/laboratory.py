@@ -7,6 +7,7 @@ search and on another for the report.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,9 @@ from dcc.exports.lower import lower
 from dcc.exports.step_plan import StepPlan, StepPlanner
 from dcc.exports.templates import OnnxTemplate, export_templates
 from dcc.exports.unroll import step_stages
-from dcc.ir.measurements import Features, Measurements, measure
+from dcc.ir.measurements import Features, Measurements, blocks_of, measure
 from dcc.ir.program import Program
-from dcc.ir.schedule import Schedule, full_schedule
+from dcc.ir.schedule import Schedule, delta_units, from_steps, full_schedule
 from dcc.quality import psnr, ssim, typical_range
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.loaded import LoadedArtifact
@@ -34,7 +35,8 @@ from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from dcc.runtime.plan import Call, ConstantSpec, EngineSpec, Plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SEARCH_SEED, HELD_OUT_SEED = 1_000, 9_000
+SEARCH_SEED, CHECK_SEED, HELD_OUT_SEED = 1_000, 5_000, 9_000
+SENSITIVITY_IMAGES = 6
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Laboratory:
         guidance_scale: float | None = None,
         conditions: Mapping[str, Any] | None = None,
         threads: int | None = None,
+        own_process: bool = False,
         templates: Mapping[str, OnnxTemplate] | None = None,
     ) -> None:
         """Raises UsageError for a program without sampler or components."""
@@ -79,14 +82,15 @@ class Laboratory:
         if not program.components:
             raise UsageError("no component was found, so there is nothing to schedule", at=program.name)
         self.program = program
+        self._threads, self.own_process = threads, own_process
         self.templates = export_templates(program.templates) if templates is None else templates
         path = folder / "laboratory.dcc"
         self._plan = _write_base(program, path, self.templates)
         artifact = Artifact.open(path, check="fast")
         stored = StoredWeights(_stored_weights(program, self._plan, self.templates), _weights_base(artifact))
         self._planner = StepPlanner(program, self.templates, stored)
-        self._backend = OnnxRuntimeBackend(artifact, threads, own_process=True, several=True)
-        self._artifact = artifact
+        self._backend = OnnxRuntimeBackend(artifact, threads, own_process=own_process, several=True)
+        self.artifact = artifact
         self._provided: set[str] = set()
         exact = self.load(None)
         self.search, self.held_out = (
@@ -100,6 +104,21 @@ class Laboratory:
     ) -> Requests:
         values = rows_for(loaded, with_classes(loaded, conditions, ()), len(seeds))
         return Requests(tuple(seeds), values, scale)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the requests run both halves."""
+        scale = self.search.guidance_scale
+        return self.program.guidance.mode == "cfg" and (self.program.guidance.scale if scale is None else scale) != 1.0
+
+    def sibling(self, program: Program, folder: Path) -> Laboratory:
+        """A Laboratory for the same Program under another sampler, with the same requests."""
+        other = Laboratory(
+            program, folder, images=1, held_out_images=1, conditions=self.search.conditions,
+            threads=self._threads, own_process=self.own_process, templates=self.templates,
+        )  # fmt: skip
+        other.search, other.held_out = self.search, self.held_out
+        return other
 
     def plan_of(self, schedule: Schedule | None, finest: bool = True) -> StepPlan:
         """The step under the schedule; its engines are ready to be bound."""
@@ -127,7 +146,7 @@ class Laboratory:
             order=step.order or self._plan.order,
             guidance=step.guidance,
         )
-        return LoadedArtifact(self._artifact, self._backend, plan, step.scalars)
+        return LoadedArtifact(self.artifact, self._backend, plan, step.scalars)
 
     def request_values(self, loaded: LoadedArtifact, requests: Requests) -> dict[str, Any]:
         """Arguments of `LoadedArtifact.sample` and `request`."""
@@ -199,16 +218,77 @@ class Laboratory:
 
     def measurements(self) -> Measurements:
         """What calibrated schedules stand on, from the search's requests."""
-        return measure(self.features(self.search), self.program.components)
+        scale = self.search.guidance_scale
+        measured = measure(
+            self.features(self.search), self.program.components, first_block=len(blocks_of(self.program)[0]),
+            guidance_scale=self.program.guidance.scale if scale is None else scale, name=self.program.name,
+        )  # fmt: skip
+        return replace(measured, sensitivity=self.sensitivity())
+
+    def sensitivity(self, images: int = SENSITIVITY_IMAGES) -> Array:
+        """The sample's root mean squared error for one of a call's guided output, by trying it call by call.
+
+        Each trial begins two calls earlier on the exact trajectory, forecasts one call and computes the others.
+        """
+        requests = first_of(self.search, images)
+        components, calls = self.program.components, self.program.calls
+        loaded = self.load(full_schedule(components, calls))
+        starts, outputs = [], []
+        with loaded.request(**self.request_values(loaded, requests)) as request:
+            for call in range(calls):
+                starts.append(copy.deepcopy(request.sampler))
+                outputs.append(request.output(call).copy())
+                request.advance(call, outputs[-1])
+            exact = request.sampler.latent.copy()
+        found = np.ones(calls)
+        for call in range(1, calls):
+            computes = [[other != call] for other in range(calls)]
+            loaded = self.load(from_steps(components, delta_units(components), computes, order=1))
+            first = max(0, call - 2)
+            with loaded.request(**self.request_values(loaded, requests)) as request:
+                request.sampler = copy.deepcopy(starts[first])
+                for other in range(first, calls):
+                    output = request.output(other)
+                    if other == call:
+                        error = _root_mean_square(output - outputs[call])
+                    request.advance(other, output)
+                found[call] = _root_mean_square(request.sampler.latent - exact) / (error or 1.0)
+        found[0] = found[1]
+        return found
+
+
+def requests_of(laboratory: Laboratory, seeds: Sequence[int]) -> Requests:
+    """Other seeds under the conditions of the search's requests."""
+    given = laboratory.search
+    rows = {
+        name: np.asarray(value)[np.arange(len(seeds)) % given.images]
+        if np.ndim(value) and len(value) == given.images else value
+        for name, value in given.conditions.items()
+    }  # fmt: skip
+    return Requests(tuple(seeds), rows, given.guidance_scale)
+
+
+def first_of(requests: Requests, images: int) -> Requests:
+    """The first images of the requests."""
+    count = min(images, requests.images)
+    conditions = {
+        name: value[:count] if len(np.shape(value)) and len(value) == requests.images else value
+        for name, value in requests.conditions.items()
+    }
+    return Requests(requests.seeds[:count], conditions, requests.guidance_scale)
+
+
+def _root_mean_square(values: Array) -> float:
+    return float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
 
 
 def _write_base(program: Program, path: Path, templates: Mapping[str, OnnxTemplate]) -> Plan:
-    from dcc.driver import _manifest
+    from dcc.preparation import manifest_of
 
     plain = replace(program, schedule=None)
     with ArtifactWriter(path) as writer:
         plan = lower(plain, writer, "component", templates=templates)
-        writer.finish(_manifest(plain, plan, "laboratory", "cpu", {}))
+        writer.finish(manifest_of(plain, plan, "laboratory", "cpu", {}))
     return plan
 
 

@@ -16,8 +16,8 @@ from dcc.cost_model.work import (
     stage_work,
     sum_part,
 )
-from dcc.driver import pipeline
 from dcc.passes import run_passes
+from dcc.preparation import pipeline
 
 
 def calls(s: Sketch) -> list:

@@ -36,7 +36,7 @@ from dcc.search.genome import (
 )
 from dcc.search.moves import MOVES, cross, mutate
 
-MANY = settings(max_examples=25)
+MANY = settings(max_examples=60)
 
 
 def space_of(components: int = 5, calls: int = 7, guided: bool = True, **options: object) -> Space:

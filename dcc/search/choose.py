@@ -1,0 +1,180 @@
+"""The schedule of a compile: given, found fast (`-O2`) or searched for (`-O3`); and what it is worth, measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcc.cost_model.roofline import predict
+from dcc.cost_model.table import CalibrationTable, default_path
+from dcc.errors import QualityError, UsageError
+from dcc.exports.templates import OnnxTemplate
+from dcc.frontend.schedules import check_fits, read_schedule
+from dcc.ir.program import PassReport
+from dcc.ir.schedule import Schedule
+from dcc.preparation import Clock, Prepared
+from dcc.search.assess import PlainSteps, alternate, computed_share, quality_of
+from dcc.search.fast import FastSearch
+from dcc.search.front import Front
+from dcc.search.front import pick as pick_point
+from dcc.search.laboratory import CHECK_SEED, Laboratory, requests_of
+from dcc.search.requirement import DEFAULT, Requirement
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`worth` is plain JSON data: quality on held-out requests, speed, and the run with fewer steps of equal time."""
+
+    schedule: Schedule
+    report: PassReport
+    worth: dict[str, Any]
+    templates: Mapping[str, OnnxTemplate]
+
+
+def choose(
+    prepared: Prepared,
+    folder: Path,
+    *,
+    opt_level: int,
+    require: str | None,
+    schedule: Schedule | str | os.PathLike[str] | None,
+    pick: str | None,
+    budget: int,
+    images: int,
+    conditions: Mapping[str, Any] | None,
+    target: str,
+    own_process: bool,
+    clock: Clock,
+    told: Callable[[str], None],
+) -> Chosen:
+    """The schedule, checked against the requirement on requests that it was not chosen by.
+
+    Raises QualityError where the requirement is missed, ScheduleError for a schedule of something else.
+    """
+    requirement = Requirement.parse(require or DEFAULT) if require or opt_level >= 2 else None
+    program = prepared.program
+    given = None if schedule is None else _given(prepared, schedule, pick, told)
+    with clock("exporting stages"):
+        laboratory = Laboratory(
+            program, folder, images=images, held_out_images=min(2 * images, prepared.source.max_batch),
+            conditions=conditions, own_process=own_process,
+        )  # fmt: skip
+    if given is not None:
+        found, how = given, "given"
+    elif opt_level == 2:
+        assert requirement is not None
+        with clock("choosing a schedule"):
+            check = requests_of(laboratory, range(CHECK_SEED, CHECK_SEED + images))
+            candidates: Iterator[Schedule] = FastSearch(laboratory, requirement, check, told).candidates()
+            found, how = _first_that_holds(laboratory, requirement, candidates), "found by bisection and moves"
+    else:
+        from dcc.search.study import searched
+
+        assert requirement is not None
+        with clock("searching for a schedule"):
+            candidates = searched(prepared, laboratory, folder, budget, requirement, target, told)
+            found = _first_that_holds(laboratory, requirement, candidates)
+            how = f"searched for with {budget} evaluations"
+    found = replace(found, program=program.hash(), sampler=sampler_digest(program.sampler))
+    with clock("measuring quality and speed"):
+        worth = assess(prepared, laboratory, found, requirement, folder, target)
+    quality = worth["quality"]
+    if requirement is not None and not requirement.holds(worth["required"]["value"]):
+        raise QualityError(
+            "the schedule misses the requirement on held-out requests", at=found.name or found.digest()[:12],
+            got=f"{requirement.metric} {worth['required']['value']:.3f}", want=str(requirement),
+            next="lower --require, or compile with -O1",
+        )  # fmt: skip
+    share = worth["computed_share"]
+    decibels = "exact" if quality["psnr"] is None else f"{quality['psnr']:.1f} dB"
+    why = f"{how}: {share:.1%} of the FLOPs, {worth['speedup']:.2f}x as fast, {decibels}"
+    return Chosen(found, PassReport("schedule", "applied", why, worth), worth, laboratory.templates)
+
+
+def _first_that_holds(laboratory: Laboratory, requirement: Requirement, candidates: Iterator[Schedule]) -> Schedule:
+    """The first schedule that keeps the requirement on the held-out requests. Raises QualityError for none."""
+    exact = laboratory.exact_trajectory(laboratory.held_out)[-1].astype(np.float32)
+    best: float | None = None
+    for schedule in candidates:
+        samples = laboratory.run(schedule, laboratory.held_out).samples
+        value = requirement.measure(samples, exact, laboratory.data_range)
+        if requirement.holds(value):
+            return schedule
+        better = best is None or (value > best) == requirement.at_least
+        best = value if better else best
+    raise QualityError(
+        "no schedule keeps the requirement", want=str(requirement), next="lower --require, or compile with -O1",
+        got="nothing but the exact loop" if best is None else f"{requirement.metric} {best:.3f} on held-out requests",
+    )  # fmt: skip
+
+
+def _given(prepared: Prepared, schedule: Any, pick: str | None, told: Callable[[str], None]) -> Schedule:
+    program = prepared.program
+    if program.sampler is None or not program.components:
+        raise UsageError("a schedule needs a sampler and components", at=program.name)
+    identity = program.hash(), sampler_digest(program.sampler)
+    if isinstance(schedule, Schedule):
+        check_fits(schedule, *identity, program.components, program.calls)
+        return schedule
+    return read_schedule(
+        schedule, program.components, program.calls, program=identity[0], sampler=identity[1], note=told,
+        pick=None if pick is None else lambda value: pick_point(Front.from_json(value), pick).schedule,
+    )  # fmt: skip
+
+
+def sampler_digest(table: Any) -> str:
+    """Content hash of a sampler's table."""
+    import hashlib
+    import json
+
+    return hashlib.sha256(json.dumps(table.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def assess(
+    prepared: Prepared, laboratory: Laboratory, schedule: Schedule, requirement: Requirement | None, folder: Path,
+    target: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Quality on held-out requests and speed beside the exact loop, both as they ship."""
+    held_out = laboratory.held_out
+    shipped, exact = laboratory.load(schedule, finest=False), laboratory.load(None, finest=False)
+    samples = shipped.sample(**laboratory.request_values(shipped, held_out))
+    quality = quality_of(laboratory, samples, held_out)
+    times = alternate(laboratory, {"exact": exact, "schedule": shipped}, laboratory.search)
+    speedup = times["exact"] / times["schedule"]
+    plain = PlainSteps(prepared, laboratory, folder).of_equal_time(speedup, times["exact"])
+    predicted = predicted_ms(laboratory, schedule, target)
+    worth: dict[str, Any] = {
+        "digest": schedule.digest(), "computed_share": computed_share(laboratory, schedule),
+        "speedup": speedup, "latency_ms": times["schedule"], "exact_ms": times["exact"],
+        "images": laboratory.search.images, "quality": quality.to_json(),
+        "held_out_seeds": [held_out.seeds[0], held_out.seeds[-1]], "data_range": laboratory.data_range,
+        "predicted_ms": predicted,
+        "prediction_error": None if predicted is None else predicted / times["schedule"] - 1.0,
+        "fewer_steps": None if plain is None else plain.to_json(),
+    }  # fmt: skip
+    if requirement is not None:
+        reference = laboratory.exact_trajectory(held_out)[-1].astype(np.float32)
+        value = requirement.measure(samples, reference, laboratory.data_range)
+        worth["required"] = {"text": str(requirement), "value": value if np.isfinite(value) else 1e9}
+    return worth
+
+
+def predicted_ms(laboratory: Laboratory, schedule: Schedule | None, target: str) -> float | None:
+    """What this machine's calibration table says; None where there is none for the target."""
+    from dcc.calibrate import planned_loop
+
+    try:
+        table = CalibrationTable.load(default_path(target))
+    except UsageError:
+        return None
+    requests = laboratory.search
+    step = laboratory.plan_of(schedule, finest=False)
+    loop = planned_loop(laboratory.program, step, requests.images, laboratory.guided)
+    return predict(loop, table).seconds * 1e3

@@ -1,0 +1,378 @@
+"""`dcc.search`: from a model to a front of schedules, measured, with its report.
+
+Everything that decides what is evaluated is the same when the search is resumed: the calibration table, the
+measurements and the seeds are kept in the folder beside the store of evaluations.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcc.calibrate import calibrate, engine_contents, new_table
+from dcc.cost_model.table import CalibrationTable
+from dcc.cost_model.targets import target_named
+from dcc.errors import UsageError
+from dcc.ir.measurements import Declined, Measurements, Subject, subject_of
+from dcc.ir.schedule import Schedule, full_schedule
+from dcc.passes.delta_dit import DeltaDit
+from dcc.passes.fora import Fora
+from dcc.passes.guidance_reuse import GuidanceReuse
+from dcc.passes.magcache import MagCache
+from dcc.passes.optimal_steps import OptimalSteps
+from dcc.passes.residual_threshold import ResidualThreshold
+from dcc.passes.smoothcache import SmoothCache
+from dcc.passes.taylorseer import TaylorSeer
+from dcc.picture import enlarged, grid, to_pixels
+from dcc.preparation import Clock, Prepared, Source, StageClock, prepare
+from dcc.search.assess import PlainSteps, alternate, computed_share
+from dcc.search.choose import sampler_digest
+from dcc.search.evaluator import TrajectoryEvaluator
+from dcc.search.evolution import Candidate, Limits, Options, Progress, Result
+from dcc.search.evolution import search as evolve
+from dcc.search.front import Front, HistoryRow, Point, non_dominated
+from dcc.search.genome import Space
+from dcc.search.laboratory import Laboratory
+from dcc.search.report import write_report
+from dcc.search.requirement import Requirement
+from dcc.search.store import Store
+from dcc.search.workers import MakeEvaluator, ProcessWorkers, RayWorkers, SerialWorkers, Workers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Told = Callable[[str], None]
+FRONT_POINTS = 16
+DATABASE, TABLE, MEASURED = "evaluations.sqlite", "calibration.json", "measurements.json"
+CALIBRATION_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Classic:
+    """A schedule of a published method, with the setting that made it."""
+
+    method: str
+    schedule: Schedule
+
+
+def classics(subject: Subject) -> list[Classic]:
+    """The published methods at several settings; those that decline are left out."""
+    passes: list[Any] = [Fora(interval=count) for count in (2, 3, 4, 5)]
+    passes += [TaylorSeer(interval=count, order=1) for count in (2, 3, 4, 5)]
+    passes += [TaylorSeer(interval=count, order=1, stores="delta") for count in (2, 3, 4, 5)]
+    passes += [TaylorSeer(interval=count, order=2, stores="delta") for count in (2, 3, 4)]
+    passes += [DeltaDit(interval=count) for count in (2, 3)]
+    shares = (0.6, 0.5, 0.35, 0.25)
+    passes += [SmoothCache(target_share=share) for share in shares]
+    passes += [MagCache(order=1, target_share=share) for share in shares[1:]]
+    passes += [ResidualThreshold(signal="first_block", order=1, target_share=share) for share in shares]
+    found: dict[str, Classic] = {}
+    for step in passes:
+        try:
+            schedule = step.propose(subject)
+        except Declined:
+            continue
+        found.setdefault(schedule.digest(), Classic(step.name, schedule))
+    return list(found.values())
+
+
+def seeds(subject: Subject) -> list[Schedule]:
+    """What a search starts from: best steps by dynamic programming, even ones, and the better classics."""
+    found = []
+    calls = subject.calls
+    for share in (0.75, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2):
+        count = max(1, round(share * calls))
+        with suppress(Declined):
+            found.append(OptimalSteps(computed=count).propose(subject))
+    for count in (2, 3, 4, 5):
+        with suppress(Declined):
+            found.append(TaylorSeer(interval=count, order=1, first_enhance=1, stores="delta").propose(subject))
+    if subject.guided:
+        with suppress(Declined):
+            found.append(GuidanceReuse(interval=2, order=1, start=0.0).propose(subject))
+    return list({schedule.digest(): schedule for schedule in found}.values())
+
+
+def search(
+    model: Any,
+    *,
+    output: str | os.PathLike[str],
+    target: str = "cpu",
+    budget: int = 200,
+    images: int = 16,
+    conditions: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    seeded: bool = True,
+    resume: bool = False,
+    processes: int = 1,
+    ray: str | None = None,
+    max_latency_ms: float | None = None,
+    min_psnr: float | None = None,
+    max_history_bytes: int | None = None,
+    own_process: bool = False,
+    told: Told = lambda _: None,
+    progress: Callable[[Progress], None] | None = None,
+    **source: Any,
+) -> Front:
+    """A front of schedules, written with its report into the folder `output`.
+
+    `source` are the arguments of `Source` that `dcc.compile` takes as well: sampler, steps, guidance, arch and so on.
+    `budget` counts evaluated schedules. `processes` evaluates that many at a time on this machine, `ray` on a cluster
+    (`auto` or its address); both need a model given by name. With `resume` a search in the folder goes on: nothing is
+    evaluated twice, and the front is that of a search that was never interrupted. Raises a DccError of the stage that
+    failed.
+    """
+    if budget < 1 or images < 1:
+        raise UsageError("the options of the search are out of range", got=f"budget {budget}, {images} images")
+    target_named(target)
+    timer = StageClock(told)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and (folder / DATABASE).exists():
+        raise UsageError("there is a search in this folder", at=folder, next="--resume, or another -o")
+    start = time.perf_counter()
+    given = Source(model, **source)
+    prepared = prepare(given, 1, timer)
+    with tempfile.TemporaryDirectory(prefix="dcc-search-", ignore_cleanup_errors=True) as work:
+        with timer("exporting stages"):
+            laboratory = Laboratory(
+                prepared.program, Path(work), images=images, held_out_images=min(2 * images, given.max_batch),
+                guidance_scale=None, conditions=conditions, own_process=own_process,
+            )  # fmt: skip
+        table = _calibrated(laboratory, folder, target, timer, told)
+        subject = _measured(laboratory, folder, timer)
+        evaluator = TrajectoryEvaluator(laboratory, table)
+        make: MakeEvaluator = functools.partial(_worker, given, conditions, images, str(folder.resolve()))
+        limits = Limits(
+            max_latency_ms, min_psnr, max_history_bytes, evaluator.latency_ms,
+            functools.partial(history_bytes, laboratory),
+        )  # fmt: skip
+        result = run(
+            laboratory, subject, evaluator, folder, budget=budget, seed=seed, seeded=seeded, resume=resume,
+            workers=_workers(evaluator, make, processes, ray, model), limits=limits, progress=progress,
+        )  # fmt: skip
+        with timer("measuring the front"):
+            front, grids = report_of(prepared, laboratory, subject, evaluator, result, Path(work), target, start, told)
+        with timer("writing the report"):
+            write_report(front, folder, grids)
+    return front
+
+
+def run(
+    laboratory: Laboratory,
+    subject: Subject,
+    evaluator: TrajectoryEvaluator,
+    folder: Path,
+    *,
+    budget: int,
+    seed: int = 0,
+    seeded: bool = True,
+    resume: bool = False,
+    workers: Workers | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    """The evolutionary search alone; evaluations lie in the folder."""
+    program = laboratory.program
+    space = Space(
+        program.components, program.calls, guided=laboratory.guided, kinds=subject.kinds,
+        program="", sampler="",
+    )  # fmt: skip
+    first = seeds(subject) if seeded else []
+    identity = {
+        "program": program.hash(), "sampler": sampler_digest(program.sampler), "seed": seed, "seeded": seeded,
+        "images": laboratory.search.images, "guidance_scale": laboratory.search.guidance_scale,
+        "first": [schedule.digest() for schedule in first],
+        "limits": None if limits is None else [limits.latency_ms, limits.psnr, limits.history_bytes],
+    }  # fmt: skip
+    with (
+        Store(folder / DATABASE, identity, budget, resume=resume) as store,
+        workers or SerialWorkers(lambda: evaluator) as running,
+    ):
+        return evolve(space, first, running, store, Options(budget=budget, seed=seed), limits, progress)
+
+
+def searched(
+    prepared: Prepared, laboratory: Laboratory, folder: Path, budget: int, requirement: Requirement, target: str,
+    told: Told,
+) -> Iterator[Schedule]:  # fmt: skip
+    """For `-O3`: the schedules of a front that keep the requirement on the search's requests, fastest first."""
+    quiet: Clock = lambda _: nullcontext()  # noqa: E731
+    table = _calibrated(laboratory, folder, target, quiet, told)
+    subject = _measured(laboratory, folder, quiet)
+    evaluator = TrajectoryEvaluator(laboratory, table)
+
+    def shown(state: Progress) -> None:
+        best = ", ".join(f"{value:.1f} dB at {speed}" for speed, value in state.best.items())
+        told(f"{state.evaluations} of {state.budget} evaluations: {best}")
+
+    result = run(laboratory, subject, evaluator, folder, budget=budget, progress=shown)
+    exact = laboratory.exact_trajectory(laboratory.search)[-1].astype(np.float32)
+    for candidate in sorted(result.front, key=lambda item: item.evaluation.latency_ms):
+        samples = laboratory.run(candidate.schedule, laboratory.search).samples
+        if requirement.holds(requirement.measure(samples, exact, laboratory.data_range)):
+            yield candidate.schedule
+
+
+def history_bytes(laboratory: Laboratory, schedule: Schedule) -> int:
+    """Bytes of the values that the schedule keeps from call to call, for the search's images in both halves."""
+    rows = laboratory.search.images * (2 if laboratory.guided else 1)
+    return sum(
+        math.prod(rows if isinstance(size, str) else size for size in spec.shape) * np.dtype(spec.dtype).itemsize
+        for spec in laboratory.plan_of(schedule).histories
+    )
+
+
+def _worker(source: Source, conditions: Mapping[str, Any] | None, images: int, folder: str) -> TrajectoryEvaluator:
+    """The evaluator in another process or on another machine, made from the model's name."""
+    prepared = prepare(source, 1)
+    work = Path(tempfile.mkdtemp(prefix="dcc-search-"))
+    laboratory = Laboratory(
+        prepared.program, work, images=images, held_out_images=1, conditions=conditions, own_process=True
+    )
+    return TrajectoryEvaluator(laboratory, CalibrationTable.load(Path(folder) / TABLE))
+
+
+def _workers(
+    evaluator: TrajectoryEvaluator, make: MakeEvaluator, processes: int, ray: str | None, model: Any
+) -> Workers:
+    if ray is None and processes == 1:
+        return SerialWorkers(lambda: evaluator)
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            "other processes can only load a model that has a name", got=type(model).__name__,
+            want="a path or package.module:factory", next="leave out processes and ray",
+        )  # fmt: skip
+    return ProcessWorkers(make, processes) if ray is None else RayWorkers(make, address=ray)
+
+
+def _calibrated(laboratory: Laboratory, folder: Path, target: str, clock: Clock, told: Told) -> CalibrationTable:
+    """The folder's table, or a new one of the laboratory's engines, which is kept there."""
+    path = folder / TABLE
+    if path.exists():
+        return CalibrationTable.load(path)
+    with clock("calibrating the cost model"):
+        rows = laboratory.search.images
+        counts = (rows, 2 * rows) if laboratory.guided else (rows,)
+        contents = engine_contents(laboratory.artifact, laboratory.program)
+        found = calibrate(
+            laboratory.artifact.path, contents, counts, CALIBRATION_REPEATS, own_process=laboratory.own_process
+        )
+        table = new_table(target, None).merged(found.measurements)
+        table.save(path)
+    return table
+
+
+def _measured(laboratory: Laboratory, folder: Path, clock: Clock) -> Subject:
+    """The Program's subject with measurements, which are kept in the folder."""
+    path = folder / MEASURED
+    if path.exists():
+        laboratory.program.measurements = Measurements.from_json(json.loads(path.read_text()))
+    else:
+        with clock("measuring exact trajectories"):
+            laboratory.program.measurements = laboratory.measurements()
+        path.write_text(json.dumps(laboratory.program.measurements.to_json()))
+    return subject_of(laboratory.program)
+
+
+def report_of(
+    prepared: Prepared,
+    laboratory: Laboratory,
+    subject: Subject,
+    evaluator: TrajectoryEvaluator,
+    result: Result,
+    work: Path,
+    target: str,
+    start: float,
+    told: Told = lambda _: None,
+) -> tuple[Front, dict[str, Array]]:
+    """The front as measured on held-out requests, beside the classic methods, and a grid of samples for each point."""
+    program = laboratory.program
+    identity = {"program": program.hash(), "sampler": sampler_digest(program.sampler)}
+    exact = replace(full_schedule(program.components, program.calls), **identity)
+    wanted = [("search", replace(item.schedule, name=_name(item), **identity), item) for item in thinned(result.front)]
+    named = [(item.method, replace(item.schedule, **identity), None) for item in classics(subject)]
+    listed: list[tuple[str, Schedule, Candidate | None]] = [("exact", exact, None), *wanted, *named]
+    listed = list({schedule.digest(): (origin, schedule, item) for origin, schedule, item in reversed(listed)}.values())
+    times, exact_ms = _times(laboratory, [schedule for _, schedule, _ in listed], told)
+    plain = PlainSteps(prepared, laboratory, work)
+    points, grids = [], {}
+    for origin, schedule, item in listed:
+        samples = laboratory.run(schedule, laboratory.held_out).samples
+        _, decibels, structure = laboratory.quality(samples, laboratory.held_out)
+        speedup = exact_ms / times[schedule.digest()] if origin != "exact" else 1.0
+        point = Point(
+            name=schedule.name or origin, origin=origin, schedule=schedule,
+            latency_ms=times[schedule.digest()] if origin != "exact" else exact_ms, speedup=speedup,
+            computed_share=computed_share(laboratory, schedule), psnr=decibels, ssim=structure,
+            predicted_ms=evaluator.latency_ms(schedule),
+            search_psnr=None if item is None else item.evaluation.psnr,
+            fewer_steps=plain.of_equal_time(speedup, exact_ms) if speedup > 1.02 else None,
+        )  # fmt: skip
+        points.append(point)
+        grids[point.digest] = _grid(samples)
+        told(f"{point.name}: {speedup:.2f}x, {decibels:.2f} dB")
+    ours = [point for point in points if point.origin in ("search", "exact")]
+    best, rest = non_dominated(ours)
+    front = Front(
+        model=program.name, **identity_of(program), steps=program.sampler.steps, target=target,
+        batch=laboratory.search.images, exact_ms=exact_ms, points=best,
+        others=(*rest, *(point for point in points if point.origin not in ("search", "exact"))),
+        guidance_scale=program.guidance.scale, seeds=laboratory.search.seeds, held_out=laboratory.held_out.seeds,
+        evaluations=len(result.candidates), seconds=time.perf_counter() - start,
+        history=tuple(HistoryRow(row.evaluations, row.hypervolume, dict(row.best)) for row in result.history),
+        notes={"data_range": laboratory.data_range},
+    )  # fmt: skip
+    return front, grids
+
+
+def identity_of(program: Any) -> dict[str, str]:
+    return {"program": program.hash(), "sampler": program.sampler.name}
+
+
+def thinned(front: Sequence[Candidate], most: int = FRONT_POINTS) -> list[Candidate]:
+    """At most so many points of a front, spread evenly over the logarithm of the latency, the ends among them."""
+    lossy = [item for item in front if not all(action.computes for row in item.schedule.actions for action in row)]
+    if len(lossy) <= most:
+        return lossy
+    places = np.log([item.evaluation.latency_ms for item in lossy])
+    wanted = np.linspace(places[0], places[-1], most)
+    return [lossy[index] for index in sorted({int(np.abs(places - place).argmin()) for place in wanted})]
+
+
+def _times(laboratory: Laboratory, schedules: Sequence[Schedule], told: Told) -> tuple[dict[str, float], float]:
+    """Median milliseconds of each schedule; the exact loop runs before and after every few of them."""
+    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    exacts = []
+    exact = laboratory.load(None)
+    for begin in range(0, len(schedules), 4):
+        group = {item.digest(): laboratory.load(item) for item in schedules[begin : begin + 4]}
+        times = alternate(laboratory, {"exact": exact, **group}, laboratory.search)
+        exacts.append(times["exact"])
+        ratios |= {digest: times[digest] / times["exact"] for digest in group}
+        told(f"measured {min(begin + 4, len(schedules))} of {len(schedules)} schedules")
+    middle = float(np.median(exacts))
+    # A disturbance of the machine meets a schedule and the exact loop beside it alike: ratios are kept.
+    found = {digest: ratio * middle for digest, ratio in ratios.items()}
+    return found, middle
+
+
+def _name(item: Candidate) -> str:
+    return f"{item.origin} {item.digest[:8]}" if item.origin == "search" else item.origin
+
+
+def _grid(samples: Array, most: int = 16) -> Array:
+    """The first samples as one picture of bytes, `[H, W, C]`."""
+    if samples.ndim != 4:
+        return np.zeros((1, 1, 1), np.uint8)
+    return grid(enlarged(to_pixels(samples[:most], own_range=samples.shape[1] not in (1, 3))))
