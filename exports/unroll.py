@@ -93,7 +93,7 @@ def unroll(program: Program, schedule: Schedule) -> list[list[Operation]]:
             what = "kept" if kept else "left out"
             raise ScheduleError(
                 f"the denoiser's output cannot be {what}", at=f"call {number}, {final.name}",
-                next="compute the last component, in a unit of its own that stores its branch",
+                next="give the last component a unit that stores its branch, and do not skip it",
             )  # fmt: skip
     return live
 
@@ -182,7 +182,7 @@ class _Call:
 
     def _replace(self, unit: int) -> None:
         action, name = self._schedule.actions[self._call][unit], self._schedule.units[unit].name
-        history = self._schedule.history(self._call, unit)[: len(action.weights)]
+        history = self._schedule.history(self._call, unit, len(action.weights))
         for index, (node, base) in enumerate(self._extents[unit].results):
             if action.kind == "skip":
                 if base is None:

@@ -2,7 +2,7 @@
 
 A pass is a frozen dataclass whose fields are its options, with a `name` and `apply(program) -> PassReport`. It
 changes the Program in place and reports *applied*, or leaves it alone and reports *declined* with the reason, or
-raises. `EXACT` is the ordered pipeline of `-O1`.
+raises. `EXACT` is the ordered pipeline of `-O1`. Each of `SCHEDULES` gives the Program a schedule, which is lossy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from dcc.ir.verify import verify
 from dcc.passes.batch_guidance import BatchGuidance
 from dcc.passes.canonicalize import Canonicalize
 from dcc.passes.cut_stages import CutStages
+from dcc.passes.delta_dit import DeltaDit
 from dcc.passes.drop_dead import DropDead
 from dcc.passes.fold_constants import FoldConstants
+from dcc.passes.fora import Fora
+from dcc.passes.guidance_interval import GuidanceInterval
+from dcc.passes.guidance_reuse import GuidanceReuse
 from dcc.passes.hoist_scopes import HoistScopes
+from dcc.passes.learned_router import LearnedRouter
+from dcc.passes.magcache import MagCache
+from dcc.passes.optimal_steps import OptimalSteps
+from dcc.passes.residual_threshold import ResidualThreshold
 from dcc.passes.share_common import ShareCommon
+from dcc.passes.smoothcache import SmoothCache
 from dcc.passes.split_rows import SplitRows
+from dcc.passes.taylorseer import TaylorSeer
 from dcc.passes.unpack_projections import UnpackProjections
 
 
@@ -46,6 +56,18 @@ EXACT: tuple[Pass, ...] = (
     HoistScopes(),
 )
 CUT = CutStages()
+SCHEDULES: tuple[Pass, ...] = (
+    Fora(),
+    TaylorSeer(),
+    DeltaDit(),
+    SmoothCache(),
+    MagCache(),
+    ResidualThreshold(),
+    GuidanceInterval(),
+    GuidanceReuse(),
+    LearnedRouter(),
+    OptimalSteps(),
+)
 
 
 def run_passes(program: Program, passes: tuple[Pass, ...]) -> list[PassReport]:
@@ -61,6 +83,8 @@ def run_passes(program: Program, passes: tuple[Pass, ...]) -> list[PassReport]:
 
 
 __all__ = [
-    "ALWAYS", "CUT", "EXACT", "BatchGuidance", "Canonicalize", "CutStages", "DropDead", "FoldConstants",
-    "HoistScopes", "Pass", "ShareCommon", "SplitRows", "UnpackProjections", "run_passes",
+    "ALWAYS", "CUT", "EXACT", "SCHEDULES", "BatchGuidance", "Canonicalize", "CutStages", "DeltaDit", "DropDead",
+    "FoldConstants", "Fora", "GuidanceInterval", "GuidanceReuse", "HoistScopes", "LearnedRouter", "MagCache",
+    "OptimalSteps", "Pass", "ResidualThreshold", "ShareCommon", "SmoothCache", "SplitRows", "TaylorSeer",
+    "UnpackProjections", "run_passes",
 ]  # fmt: skip

@@ -73,7 +73,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
             column.append(draw(st.one_of(kinds)))
         columns.append(column)
     rows = tuple(zip(*columns, strict=True))
-    name, program = draw(st.text(max_size=8)), draw(st.sampled_from(["", "ab12"]))
+    name, program = draw(st.text(max_size=8).filter(str.isprintable)), draw(st.sampled_from(["", "ab12"]))
     return Schedule(components, tuple(units), rows, tuple(modes), program=program, name=name)
 
 

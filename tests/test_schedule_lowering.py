@@ -11,7 +11,7 @@ import pytest
 from compiled import relative_difference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schedule_reference import LIMIT, check, subject, without_guidance, write
+from schedule_reference import LIMIT, check, schedules, subject, without_guidance, write
 
 from dcc.errors import ScheduleError
 from dcc.ir.schedule import (
@@ -28,7 +28,6 @@ from dcc.ir.schedule import (
     Unit,
     branch_units,
     delta_units,
-    forecast,
     from_steps,
     full_schedule,
 )
@@ -196,40 +195,6 @@ def test_refuses(what: str, tmp_path: Path) -> None:
         write(dit, make(dit.program.components, dit.program.calls), tmp_path / "a.dcc")
     assert all(text in str(refused.value) for text in said), str(refused.value)
     assert not [*tmp_path.iterdir()]
-
-
-@st.composite
-def schedules(draw: st.DrawFn, names: Names, calls: int) -> Schedule:
-    """Any schedule: random units, actions with random weights near one in sum, and modes."""
-    starts = [0, *(index for index in range(1, len(names)) if draw(st.booleans()))]
-    units = [
-        Unit(
-            unit.name, unit.first, unit.last, draw(st.sampled_from(Stores)) if unit.first == unit.last else unit.stores
-        )
-        for unit in delta_units(names, starts)
-    ]
-    modes: list[GuidanceMode] = []
-    for _ in range(calls):
-        known = sum(mode.kind == "both" for mode in modes)
-        kinds = [BOTH, BOTH, CONDITIONAL, *([GuidanceMode("reuse", draw(weights(known)))] if known else [])]
-        modes.append(draw(st.sampled_from(kinds)))
-    columns = []
-    for _ in units:
-        column: list[Action] = []
-        for call in range(calls):
-            valid = sum(
-                action.computes and (mode.kind == "both" or modes[call].kind != "both")
-                for action, mode in zip(column, modes, strict=False)
-            )
-            kinds = [COMPUTE, *([REUSE, forecast(draw(weights(valid)))] if valid else []), *([SKIP] if call else [])]
-            column.append(draw(st.sampled_from(kinds)))
-        columns.append(column)
-    return Schedule(names, tuple(units), tuple(zip(*columns, strict=True)), tuple(modes))
-
-
-def weights(known: int) -> st.SearchStrategy[tuple[float, ...]]:
-    later = st.integers(-3, 3).map(lambda value: value / 8)
-    return st.lists(later, max_size=min(known, 3) - 1).map(lambda rest: (1.0 - sum(rest), *rest))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

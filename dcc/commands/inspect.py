@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcc.commands import options
-from dcc.commands.compile import show_passes
+from dcc.commands.compile import schedule_rows, show_passes
 from dcc.commands.terminal import Stages, flops, print_json, print_table, say, size, stdout_reserved
-from dcc.errors import UsageError
+from dcc.errors import ScheduleError, UsageError
 
 if TYPE_CHECKING:
     from dcc.ir.program import Program
+    from dcc.ir.schedule import Action, Schedule
     from dcc.runtime import Artifact
 
 TEXT_MEMBER = "program.txt"
+SCHEDULE_MEMBER = "schedule.json"
+CALLS_IN_A_LINE = 100
+NAME_WIDTH = 32
+MODES = {"both": "B", "conditional": "c", "reuse": "r"}
+LEGEND = "# compute, . reuse, ~ forecast, blank skip; guidance: B both halves, c conditional alone, r reused difference"
 SCOPES = ("constant", "timestep", "request", "table", "step")
 COSTS = ("parameters", "bytes", "FLOPs a row")
 NUMBERS = "parameters bytes FLOPs-a-row share weights model"
@@ -33,9 +40,14 @@ def inspect(
     arch: options.ArchOption = None,
     role: options.RoleOption = None,
     trust_pickle: options.TrustOption = False,
+    heat_map: Annotated[
+        str | None, typer.Option("--heat-map", metavar="FILE.png", help="Draw the artifact's schedule.")
+    ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show the program, its scopes, components, passes, sampler and engines."""
+    """Show the program, its scopes, components, passes, sampler, engines and schedule."""
+    if heat_map is not None and Path(heat_map).suffix.lower() != ".png":
+        raise UsageError("unknown kind of picture", got=heat_map, want="a name that ends in .png")
     if is_artifact(Path(model)):
         if graph:
             raise UsageError(
@@ -45,8 +57,13 @@ def inspect(
             )
         from dcc.runtime import Artifact
 
-        found = describe_artifact(Artifact.open(model))
+        artifact = Artifact.open(model)
+        found = describe_artifact(artifact)
+        if heat_map is not None:
+            _draw(schedule_of(artifact), Path(heat_map), model)
     else:
+        if heat_map is not None:
+            raise UsageError("only an artifact has a schedule to draw", at=model, next="dcc compile --schedule or -O2")
         roles = options.key_values(role, "--role") or None
         found = _describe_model(model, graph, sampler, steps, arch, roles, trust_pickle)
     if as_json:
@@ -81,14 +98,77 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
     ]  # fmt: skip
     sizes = {weight.nbytes / max(_count(weight.shape), 1) for weight in weights.values()}
     table = manifest["sampler"]
+    schedule = schedule_of(artifact)
+    passes = _passes(manifest)
     return {
         "kind": "artifact", "path": artifact.path, "size_bytes": Path(artifact.path).stat().st_size,
         "name": manifest["name"], "target": manifest["target"], "program_hash": manifest["program_hash"],
         "text": text, "sampler": None if table is None else _sampler_summary(table), "guidance": manifest["guidance"],
-        "scopes": scope_rows(_passes(manifest), text),
+        "scopes": scope_rows(passes, text),
         "stages": stage_rows(text, sizes.pop() if len(sizes) == 1 else None),
-        "passes": _passes(manifest), "engines": engines, "recipe": manifest["recipe"], "tools": manifest["tools"],
+        "passes": passes, "engines": engines, "recipe": manifest["recipe"], "tools": manifest["tools"],
+        "schedule": None if schedule is None else schedule.to_json(),
+        "worth": next((row["figures"] for row in passes if row["name"] == "schedule"), None),
     }  # fmt: skip
+
+
+def schedule_of(artifact: Artifact) -> Schedule | None:
+    """The schedule that is compiled in; None for an exact artifact. Raises ScheduleError for a damaged one."""
+    from dcc.ir.schedule import Schedule
+
+    if SCHEDULE_MEMBER not in artifact.manifest["members"]:
+        return None
+    try:
+        return Schedule.from_json(json.loads(artifact.read(SCHEDULE_MEMBER)))
+    except (ValueError, RecursionError) as error:
+        raise ScheduleError(
+            "the artifact's schedule cannot be read", at=artifact.path, got=str(error)[:200], next="compile it again"
+        ) from error
+
+
+def schedule_lines(schedule: Schedule) -> list[str]:
+    """The schedule as text: a row for neighbouring units that do the same, a column for each call; see LEGEND."""
+    spans: list[tuple[int, int, int]] = []  # the first and last component, and a unit that stands for them
+    for index, unit in enumerate(schedule.units):
+        same = spans and schedule.column(spans[-1][2]) == schedule.column(index)
+        if same and schedule.units[spans[-1][2]].stores is unit.stores:
+            spans[-1] = (spans[-1][0], unit.last, index)
+        else:
+            spans.append((unit.first, unit.last, index))
+    lines = [("guidance", "", "".join(MODES[mode.kind] for mode in schedule.guidance))]
+    for first, last, index in spans:
+        names = schedule.components[first], schedule.components[last]
+        marks = "".join(map(_mark, schedule.column(index)))
+        lines.append((names[0] if first == last else "..".join(names), str(schedule.units[index].stores), marks))
+    ruler = "".join(f"{call:<10}" for call in range(0, schedule.calls, 10))
+    width = min(NAME_WIDTH, max(len(name) for name, _, _ in lines))
+    shown = []
+    for begin in range(0, schedule.calls, CALLS_IN_A_LINE):
+        part = slice(begin, begin + CALLS_IN_A_LINE)
+        shown.append(f"{'call':{width}}  {'keeps':6}  {ruler[part]}".rstrip())
+        shown += [f"{_shortened(name):{width}}  {stores:6}  {marks[part]}" for name, stores, marks in lines]
+    return [*shown, LEGEND]
+
+
+def _mark(action: Action) -> str:
+    if action.kind == "combine":
+        return "." if action.weights == (1.0,) else "~"
+    return "#" if action.computes else " "
+
+
+def _shortened(name: str) -> str:
+    half = (NAME_WIDTH - 2) // 2
+    return name if len(name) <= NAME_WIDTH else f"{name[:half]}..{name[-half:]}"
+
+
+def _draw(schedule: Schedule | None, path: Path, model: str) -> None:
+    from dcc.search.front import write_files
+    from dcc.search.report import heat_map_png
+
+    if schedule is None:
+        raise UsageError("the artifact is exact, so there is no schedule to draw", at=model, next="dcc compile -O2")
+    options.check_writable(path)
+    write_files({path: heat_map_png(schedule)})
 
 
 def _describe_model(
@@ -217,11 +297,27 @@ def _show(found: dict[str, Any]) -> None:
     ]
     print_table("stages", ("stage", "scope", "kind", *COSTS, "template"), rows, NUMBERS)
     show_passes(found["passes"])
+    _show_schedule(found)
     engines = found.get("engines", [])
     rows = [(row["name"], row["kind"], size(row["weight_bytes"]), size(row["model_bytes"])) for row in engines]
     if rows:
         print_table("engines", ("engine", "scope", "weights", "model"), rows, NUMBERS)
     _show_summary(found)
+
+
+def _show_schedule(found: dict[str, Any]) -> None:
+    from dcc.ir.schedule import Schedule
+
+    if found.get("schedule") is None:
+        return
+    schedule = Schedule.from_json(found["schedule"])
+    say("\n".join([f"schedule  {schedule.name or schedule.digest()[:12]}", *schedule_lines(schedule)]))
+    try:
+        rows = schedule_rows(found["worth"])
+    except (KeyError, TypeError, ValueError, IndexError):
+        rows = []  # people read it: a report that is not as expected is left out, not refused
+    if rows:
+        say("\n".join(f"{name:<14} {value}" for name, value in rows))
 
 
 def _costs(row: Mapping[str, Any]) -> tuple[str, str, str]:

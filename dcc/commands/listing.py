@@ -23,23 +23,26 @@ def targets(as_json: JsonOption = False) -> None:
 
 
 def passes(as_json: JsonOption = False) -> None:
-    """List the passes in the order in which they run."""
+    """List the exact passes in the order in which they run, then the passes that make schedules."""
     with Stages() as stages:
         stages("importing torch")
         from dcc.frontend import lora
+        from dcc.passes import SCHEDULES
         from dcc.preparation import pipeline
 
     first = {"name": "fold-lora", "level": 0, "summary": _first_line(lora.__doc__)}
     always = {step.name for step in pipeline(0)}
     rows = [first]
     for step in pipeline(1):
-        summary = _first_line(sys.modules[type(step).__module__].__doc__)
-        rows.append({"name": step.name, "level": 0 if step.name in always else 1, "summary": summary})
+        rows.append({"name": step.name, "level": 0 if step.name in always else 1, "summary": _summary(step)})
+    schedules = [{"name": step.name, "summary": _summary(step)} for step in SCHEDULES]
     if as_json:
-        print_json({"passes": rows})
+        print_json({"passes": rows, "schedules": schedules})
         return
-    print_table("passes, in order", ("pass", "from", "what is true after it"),
+    print_table("exact passes, in order", ("pass", "from", "what is true after it"),
                 [(row["name"], f"-O{row['level']}", row["summary"]) for row in rows])  # fmt: skip
+    print_table("schedule passes", ("pass", "what its schedule does"),
+                [(row["name"], row["summary"]) for row in schedules])  # fmt: skip
 
 
 def samplers(as_json: JsonOption = False) -> None:
@@ -59,6 +62,11 @@ def samplers(as_json: JsonOption = False) -> None:
         ("name", "scheduler of diffusers", "what it is", "also"),
         [(item.name, item.scheduler, item.summary, ", ".join(item.aliases)) for item in known],
     )
+
+
+def _summary(step: object) -> str:
+    """The first line of the module that defines the pass."""
+    return _first_line(sys.modules[type(step).__module__].__doc__)
 
 
 def _first_line(text: str | None) -> str:

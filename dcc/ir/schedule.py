@@ -24,6 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Any, NoReturn
 
 from dcc.errors import ScheduleError
@@ -32,6 +33,8 @@ FORMAT = 1
 KIND = "dcc schedule"
 HISTORY_LIMIT = 8
 WEIGHT_LIMIT = 1e6
+TEXT_LIMIT = 512
+LIST_LIMIT = 20_000
 FIELDS = ("kind", "format", "name", "program", "sampler", "components", "units", "steps")
 
 
@@ -67,6 +70,10 @@ class Action:
     def computes(self) -> bool:
         return self.kind == "compute"
 
+    def __post_init__(self) -> None:
+        # Equal schedules hash equal, whether a weight was spelt 2 or 2.0.
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+
 
 COMPUTE = Action("compute")
 SKIP = Action("skip")
@@ -88,6 +95,9 @@ class GuidanceMode:
 
     kind: str
     weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
 
 
 BOTH = GuidanceMode("both")
@@ -129,14 +139,15 @@ class Schedule:
     def calls(self) -> int:
         return len(self.actions)
 
-    def history(self, call: int, unit: int) -> tuple[int, ...]:
-        """The calls whose values of the unit are valid at `call`, newest first, all of them."""
+    def history(self, call: int, unit: int, most: int | None = None) -> tuple[int, ...]:
+        """The calls whose values of the unit are valid at `call`, newest first: all of them, or the newest `most`."""
         both = self.guidance[call].kind == "both"
-        return tuple(
+        valid = (
             earlier
             for earlier in range(call - 1, -1, -1)
             if self.actions[earlier][unit].computes and (not both or self.guidance[earlier].kind == "both")
         )
+        return tuple(islice(valid, most))
 
     def difference_history(self, call: int) -> tuple[int, ...]:
         """The earlier calls that ran both halves, newest first."""
@@ -170,7 +181,7 @@ class Schedule:
             joins = units and units[-1].stores is unit.stores is Stores.DELTA
             if joins and self.column(kept[-1]) == self.column(index):
                 previous = units[-1]
-                name = f"{self.components[previous.first]}..{self.components[unit.last]}"
+                name = _span_name(self.components, previous.first, unit.last)
                 units[-1] = Unit(name, previous.first, unit.last)
             else:
                 units.append(unit)
@@ -209,14 +220,15 @@ class Schedule:
     def from_json(value: object) -> Schedule:
         """The schedule that `to_json` gave. Raises ScheduleError, and nothing else, whatever `value` is."""
         fields = _object(value, FIELDS, "schedule")
-        if fields["kind"] != KIND or fields["format"] != FORMAT:
-            got = f"{fields['kind']!r:.40}, format {fields['format']!r:.20}"
+        kind, version = fields["kind"], fields["format"]
+        if kind != KIND or type(version) is not int or version != FORMAT:
+            got = "something else" if not isinstance(kind, str) else f"{kind[:40]!r}, or another format"
             raise ScheduleError("this is not a schedule that can be read", got=got, want=f"{KIND!r}, format {FORMAT}")
         units = []
         for index, item in enumerate(_list(fields["units"], "units")):
             entry = _object(item, ("name", "first", "last", "stores"), f"units[{index}]")
-            if entry["stores"] not in tuple(Stores):
-                _refuse(f"units[{index}].stores", entry["stores"], "branch or delta")
+            if not isinstance(entry["stores"], str) or entry["stores"] not in tuple(Stores):
+                _refuse(f"units[{index}].stores", _brief(entry["stores"]), "branch or delta")
             first, last = (_integer(entry[key], f"units[{index}].{key}") for key in ("first", "last"))
             units.append(Unit(_text(entry["name"], f"units[{index}].name"), first, last, Stores(entry["stores"])))
         steps = [
@@ -252,9 +264,13 @@ def delta_units(components: Sequence[str], starts: Sequence[int] = (0,)) -> tupl
     """Runs of components that begin at `starts` (the first is 0), each storing its delta."""
     ends = [*[start - 1 for start in starts[1:]], len(components) - 1]
     return tuple(
-        Unit(components[first] if first == last else f"{components[first]}..{components[last]}", first, last)
-        for first, last in zip(starts, ends, strict=True)
+        Unit(_span_name(components, first, last), first, last) for first, last in zip(starts, ends, strict=True)
     )
+
+
+def _span_name(components: Sequence[str], first: int, last: int) -> str:
+    name = components[first] if first == last else f"{components[first]}..{components[last]}"
+    return name[:TEXT_LIMIT]
 
 
 def full_schedule(components: Sequence[str], calls: int) -> Schedule:
@@ -279,10 +295,14 @@ def from_steps(
     rows: list[tuple[Action, ...]] = []
     seen: list[list[int]] = [[] for _ in units]
     for call, row in enumerate(computes):
+        if len(row) != len(units) or len(modes) != len(computes):
+            got, want = f"{len(row)} units, {len(modes)} modes", f"{len(units)} units, {len(computes)} modes"
+            _refuse(f"call {call}", got, want)
         actions = []
         for index, wanted in enumerate(row):
             both = modes[call].kind == "both"
-            known = [earlier for earlier in reversed(seen[index]) if not both or modes[earlier].kind == "both"]
+            valid = (earlier for earlier in reversed(seen[index]) if not both or modes[earlier].kind == "both")
+            known = tuple(islice(valid, order + 1))
             if wanted or not known:
                 seen[index].append(call)
                 actions.append(COMPUTE)
@@ -298,15 +318,24 @@ def _check(schedule: Schedule) -> None:
     _check_units(schedule)
     if len(schedule.guidance) != schedule.calls:
         _refuse("guidance", f"{len(schedule.guidance)} modes", f"{schedule.calls}, one per call")
+    known = [[0, 0] for _ in schedule.units]  # values so far: of any call, of calls with both halves
+    differences = 0
     for call, (mode, row) in enumerate(zip(schedule.guidance, schedule.actions, strict=True)):
         if len(row) != len(schedule.units):
             _refuse(f"call {call}", f"{len(row)} actions", f"{len(schedule.units)}, one per unit")
-        _check_mode(schedule, call, mode)
+        _check_mode(call, mode, differences)
+        both = mode.kind == "both"
         for index, action in enumerate(row):
-            _check_action(schedule, call, index, action)
+            _check_action(schedule, call, index, action, known[index][both])
+            if action.computes:
+                known[index][0] += 1
+                known[index][1] += both
+        differences += both
 
 
 def _check_units(schedule: Schedule) -> None:
+    for text in (schedule.name, *schedule.components, *(unit.name for unit in schedule.units)):
+        _text(text, "names")
     if len(set(schedule.components)) != len(schedule.components):
         _refuse("components", "a name twice", "each name once")
     expected = 0
@@ -321,16 +350,16 @@ def _check_units(schedule: Schedule) -> None:
         _refuse("units", f"components up to {expected}", f"all {len(schedule.components)}")
 
 
-def _check_mode(schedule: Schedule, call: int, mode: GuidanceMode) -> None:
+def _check_mode(call: int, mode: GuidanceMode, available: int) -> None:
     at = f"guidance of call {call}"
     if mode.kind not in ("both", "conditional", "reuse"):
         _refuse(at, mode.kind, "both, conditional or reuse")
     if (mode.kind == "reuse") != bool(mode.weights):
         _refuse(at, f"{mode.kind} with {len(mode.weights)} weights", "weights for reuse, and for nothing else")
-    _check_weights(mode.weights, len(schedule.difference_history(call)), at)
+    _check_weights(mode.weights, available, at)
 
 
-def _check_action(schedule: Schedule, call: int, index: int, action: Action) -> None:
+def _check_action(schedule: Schedule, call: int, index: int, action: Action, available: int) -> None:
     at = f"call {call}, unit '{schedule.units[index].name:.60}'"
     if action.kind not in ("compute", "combine", "skip"):
         _refuse(at, action.kind, "compute, combine or skip")
@@ -339,7 +368,7 @@ def _check_action(schedule: Schedule, call: int, index: int, action: Action) -> 
     if call == 0 and action.kind == "skip" and any(row[index].kind != "skip" for row in schedule.actions):
         _refuse(at, "skip", "the first call computes every unit that any call uses")
     if action.weights:
-        _check_weights(action.weights, len(schedule.history(call, index)), at)
+        _check_weights(action.weights, available, at)
 
 
 def _check_weights(weights: Sequence[float], available: int, at: str) -> None:
@@ -367,7 +396,7 @@ def _action(value: object, at: str) -> Action:
     if isinstance(value, str):
         known = {"compute": COMPUTE, "skip": SKIP, "reuse": REUSE}
         if value not in known:
-            _refuse(at, repr(value), "compute, reuse, skip or {forecast: [...]}")
+            _refuse(at, _brief(value), "compute, reuse, skip or {forecast: [...]}")
         return known[value]
     return Action("combine", _numbers(_object(value, ("forecast",), at)["forecast"], at))
 
@@ -375,7 +404,7 @@ def _action(value: object, at: str) -> Action:
 def _mode(value: object, at: str) -> GuidanceMode:
     if isinstance(value, str):
         if value not in ("both", "conditional"):
-            _refuse(at, repr(value), "both, conditional or {reuse: [...]}")
+            _refuse(at, _brief(value), "both, conditional or {reuse: [...]}")
         return GuidanceMode(value)
     return GuidanceMode("reuse", _numbers(_object(value, ("reuse",), at)["reuse"], at))
 
@@ -388,20 +417,27 @@ def _object(value: object, keys: Sequence[str], at: str) -> Mapping[str, Any]:
 
 
 def _list(value: object, at: str) -> list[Any]:
-    if not isinstance(value, list) or len(value) > 100_000:
+    if not isinstance(value, list) or len(value) > LIST_LIMIT:
         _refuse(at, type(value).__name__, "a list")
     return value
 
 
 def _integer(value: object, at: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        _refuse(at, repr(value)[:40], "an integer")
+        _refuse(at, _brief(value), "an integer")
+    if abs(value) > LIST_LIMIT:
+        _refuse(at, "an integer out of range", f"at most {LIST_LIMIT}")
     return value
 
 
+def _brief(value: object) -> str:
+    """What is shown of a wrong value, which may be megabytes long."""
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
 def _text(value: object, at: str) -> str:
-    if not isinstance(value, str) or len(value) > 512:
-        _refuse(at, type(value).__name__, "a text")
+    if not isinstance(value, str) or len(value) > TEXT_LIMIT or not value.isprintable():
+        _refuse(at, type(value).__name__, f"a printable text of at most {TEXT_LIMIT} characters")
     return value
 
 

@@ -177,15 +177,32 @@ def test_a_number_of_workers_that_makes_no_sense() -> None:
         ProcessWorkers(Share, 0)
 
 
+ON_RAY = """
+import sys
+sys.path.insert(0, {folder!r})
+from functools import partial
+from test_workers import Share, found_by
+from dcc.search.workers import RayWorkers
+
+if __name__ == "__main__":
+    workers = RayWorkers(partial(Share, 2, "die once", sys.argv[1]), "local", num_cpus=2, include_dashboard=False)
+    print(workers.slots, found_by(workers), flush=True)
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ray_on_a_local_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Actors import this file, which is no package of the repository.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([TEST_FOLDER, os.environ.get("PYTHONPATH", "")]))
-    make = partial(Share, 2, "die once", str(tmp_path))
-    workers = RayWorkers(make, "local", num_cpus=2, include_dashboard=False)
-    assert workers.slots == 2
-    assert found_by(workers) == EXPECTED
+def test_ray_on_a_local_cluster(tmp_path: Path) -> None:
+    # In a process of its own: Ray leaves threads and sockets behind that later tests would be blamed for.
+    script = tmp_path / "on_ray.py"
+    script.write_text(ON_RAY.format(folder=TEST_FOLDER))
+    # Actors import this file, which belongs to no package.
+    paths = [TEST_FOLDER, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == f"2 {EXPECTED}"
     assert (tmp_path / "died").exists()
 
 

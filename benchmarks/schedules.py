@@ -1,0 +1,262 @@
+"""Caching schedules on the digits model: classic methods, search, -O2, cost of the plan, in one set of tables.
+
+    python benchmarks/schedules.py --steps 20 -o OUT          # everything at one number of steps
+    python benchmarks/schedules.py --steps 20 --only search   # classics, search, speed-up against computed share
+    python benchmarks/schedules.py --quick                    # small budgets, to see that it runs
+
+Quality is on held-out seeds, speed against the exact loop that runs beside each candidate (medians of alternating
+runs). "At the same latency" interpolates linearly in the logarithm of the speed-up between the two neighbours of a
+method's own upper hull. Tables are Markdown on stdout and `schedules.json` in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dcc
+from dcc.ir.schedule import delta_units, from_steps
+from dcc.preparation import Source, StageClock, prepare
+from dcc.search.evaluator import TrajectoryEvaluator
+from dcc.search.front import Front, Point
+from dcc.search.laboratory import Laboratory
+from dcc.search.study import _calibrated, _measured, run
+
+MODEL = "examples/digits/dit_digits.pt"
+SPEEDS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+
+
+def hull(points: list[Point]) -> list[Point]:
+    """Those that no other beats in speed and PSNR, by speed."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda item: -item.speedup):
+        if not best or point.psnr > best[-1].psnr:
+            best.append(point)
+    return best[::-1]
+
+
+def at_speed(points: list[Point], speed: float) -> float | None:
+    """PSNR at a speed-up, between neighbours of the hull; None outside it."""
+    edge = [point for point in hull(points) if math.isfinite(point.psnr)]
+    for left, right in itertools.pairwise(edge):
+        if left.speedup <= speed <= right.speedup:
+            share = math.log(speed / left.speedup) / math.log(right.speedup / left.speedup)
+            return left.psnr + share * (right.psnr - left.psnr)
+    return None
+
+
+def family(point: Point) -> str:
+    if point.origin != "taylorseer":
+        return point.origin
+    stores = "span" if len(point.schedule.units) == 1 else "components"
+    return f"taylorseer, {stores}"
+
+
+def figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def of_search(front: Front) -> dict[str, Any]:
+    """The tables of one search; returns what they say."""
+    methods: dict[str, list[Point]] = {}
+    for point in front.others:
+        if point.origin not in ("search", "exact") and point in front.others:
+            methods.setdefault(family(point), []).append(point)
+    ours = list(front.points)
+    plain = [
+        Point(f"{item.fewer_steps.steps} steps", "fewer steps", item.schedule, item.fewer_steps.latency_ms,
+              front.exact_ms / item.fewer_steps.latency_ms, 1.0, item.fewer_steps.psnr)
+        for item in front.everything if item.fewer_steps is not None
+    ]  # fmt: skip
+    lines: dict[str, list[Point]] = {"fewer plain steps": plain, **dict(sorted(methods.items())), "search": ours}
+    rows = [[name, *(figure(at_speed(points, speed)) for speed in SPEEDS)] for name, points in lines.items()]
+    classic = [point for points in methods.values() for point in points]
+    best = {speed: at_speed(classic, speed) for speed in SPEEDS}
+    gained = {
+        speed: mine - theirs
+        for speed in SPEEDS
+        if (mine := at_speed(ours, speed)) is not None and (theirs := best[speed]) is not None
+    }
+    rows.append(["best classic", *(figure(best[speed]) for speed in SPEEDS)])
+    over = [f"{gained[speed]:+.1f}" if speed in gained else "" for speed in SPEEDS]
+    rows.append(["search over the best classic", *over])
+    table(
+        f"PSNR (dB) on held-out seeds at measured speed-ups, {front.steps} steps, {front.evaluations} evaluations",
+        ["", *(f"{speed:g}x" for speed in SPEEDS)], rows,
+    )  # fmt: skip
+    ideal = [
+        (point.speedup * point.computed_share, point) for point in front.everything
+        if point.origin != "exact" and point.computed_share < 0.7
+    ]  # fmt: skip
+    table(
+        "Measured speed-up against what the computed share allows",
+        ["", "computed", "ideal", "measured", "of the ideal"],
+        [
+            [point.name, f"{point.computed_share:.1%}", f"{1 / point.computed_share:.2f}x", f"{point.speedup:.2f}x",
+             f"{share:.0%}"]
+            for share, point in sorted(ideal, key=lambda item: item[1].computed_share)
+        ],
+    )  # fmt: skip
+    errors = [abs(point.predicted_ms / point.latency_ms - 1) for point in front.everything if point.predicted_ms]
+    print(f"predicted against measured latency: median error {np.median(errors):.1%} over {len(errors)} schedules")
+    shares = [share for share, _ in ideal]
+    print(f"of the ideal speed-up: median {np.median(shares):.0%}, least {min(shares):.0%}")
+    over_classics = {f"{speed:g}x": value for speed, value in gained.items()}
+    return {"gain over best classic": over_classics, "median of ideal": float(np.median(shares))}
+
+
+def levels(steps: int, folder: Path, front: Front | None) -> None:
+    """-O2: how long it takes, and how far it is from the front at its speed."""
+    rows = []
+    for require in ("psnr>=30", "psnr>=35"):
+        start = time.perf_counter()
+        report = dcc.compile(
+            MODEL, output=folder / "o2.dcc", sampler="ddim", steps=steps, opt_level=2, require=require, own_process=True
+        )
+        seconds = time.perf_counter() - start
+        worth = report.schedule or {}
+        found = worth["quality"]["psnr"]
+        best = None if front is None else at_speed(list(front.points), worth["speedup"])
+        rows.append([
+            require, f"{seconds:.0f} s", f"{report.seconds['choosing a schedule']:.0f} s", f"{worth['speedup']:.2f}x",
+            f"{found:.1f}", figure(best), "" if best is None else f"{found - best:+.1f}",
+            "" if worth["fewer_steps"] is None else f"{worth['fewer_steps']['psnr']:.1f}",
+        ])  # fmt: skip
+    table(
+        f"-O2 at {steps} steps",
+        ["--require", "whole compile", "choosing", "speed-up", "PSNR, dB", "front there", "difference",
+         "same time, fewer steps"],
+        rows,
+    )  # fmt: skip
+
+
+def hypervolume(steps: int, folder: Path, budget: int, seeds: int) -> None:
+    """Search with seeds and without, several times: hypervolume after so many evaluations."""
+    prepared = prepare(Source(MODEL, sampler="ddim", steps=steps), 1)
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        laboratory = Laboratory(prepared.program, Path(work), images=8, held_out_images=8, own_process=True)
+        clock = StageClock(lambda _: None)
+        costs = _calibrated(laboratory, Path(work), "cpu", clock, lambda _: None)
+        subject = _measured(laboratory, Path(work), clock)
+        curves = {}
+        for seeded in (True, False):
+            for seed in range(seeds):
+                place = Path(work) / f"{seeded}-{seed}"
+                place.mkdir()
+                evaluator = TrajectoryEvaluator(laboratory, costs)
+                result = run(laboratory, subject, evaluator, place, budget=budget, seed=seed, seeded=seeded)
+                losses = [(item.evaluation.latency_ms, item.evaluation.loss) for item in result.candidates]
+                curves[seeded, seed] = losses
+        exact = next(latency for latency, loss in curves[True, 0] if loss == 0.0)
+        marks = [mark for mark in (20, 40, 60, 80, 100, 150, 200) if mark <= budget]
+        for (seeded, seed), losses in curves.items():
+            name = f"{'seeded' if seeded else 'unseeded'}, seed {seed}"
+            rows.append([name, *(f"{common_hypervolume(losses[:mark], exact):.3f}" for mark in marks)])
+        table(
+            f"Hypervolume of the front over log speed-up and PSNR, {steps} steps, 8 images",
+            ["", *(str(mark) for mark in marks)], rows,
+        )  # fmt: skip
+
+
+def common_hypervolume(losses: list[tuple[float, float]], exact: float) -> float:
+    """Area under PSNR (0 to 60 dB) over log2 speed-up (0 to log2 6): the same reference for every search."""
+    edge = []
+    for latency, loss in losses:
+        decibels = min(60.0, -10 * math.log10(loss)) if loss > 0 else 60.0
+        edge.append((min(math.log2(6), max(0.0, math.log2(exact / latency))), max(0.0, decibels)))
+    area, height, before = 0.0, 0.0, math.log2(6)
+    for place, decibels in sorted(edge, reverse=True):
+        area += height * (before - place)
+        before, height = place, max(height, decibels)
+    return (area + height * before) / 60.0
+
+
+def overhead(steps: int, folder: Path) -> None:
+    """What the plan itself costs: a sampler call's wall time outside its engines."""
+    prepared = prepare(Source(MODEL, sampler="ddim", steps=steps), 1)
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        laboratory = Laboratory(prepared.program, Path(work), images=16, held_out_images=1, own_process=True)
+        components = prepared.program.components
+        thirds = from_steps(components, delta_units(components), [[call % 3 == 0] for call in range(steps)], 1)
+        for name, schedule in (("exact", None), ("a third computed", thirds)):
+            loaded = laboratory.load(schedule, finest=False)
+            values = laboratory.request_values(loaded, laboratory.search)
+            loaded.sample(**values)
+            inside, total = [], []
+            for _ in range(5):
+                with loaded.request(**values) as request:
+                    for call in range(request.calls):
+                        start = time.perf_counter()
+                        output = request.output(call)
+                        request.advance(call, output)
+                        total.append(time.perf_counter() - start)
+                    space = request.space
+                    for bindings in [space.bind_program(program, space.rows) for program in space.plan.order]:
+                        start = time.perf_counter()
+                        for binding in bindings:
+                            binding.run()
+                        inside.append(time.perf_counter() - start)
+            mean, within = np.mean(total) * 1e3, np.mean(inside) * 1e3
+            rows.append([name, f"{mean:.2f} ms", f"{within:.2f} ms", f"{mean - within:.2f} ms"])
+            if schedule is None:
+                full = mean
+        rows[-1].append(f"{float(rows[-1][3].split()[0]) / full:.1%}")
+        rows[0].append(f"{float(rows[0][3].split()[0]) / full:.1%}")
+    table(
+        f"A sampler call at batch 16, {steps} steps: mean wall time, engines alone, the rest",
+        ["", "call", "engines", "rest", "rest of a full call"], rows,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--budget", type=int, default=200)
+    parser.add_argument("--hypervolume-budget", type=int, default=100)
+    parser.add_argument("--only", choices=("search", "levels", "hypervolume", "overhead"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/out"))
+    options = parser.parse_args()
+    folder = options.output / f"steps-{options.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = 24 if options.quick else options.budget
+    front: Front | None = Front.read(folder / "front.json") if (folder / "front.json").exists() else None
+    if options.only in (None, "search"):
+        start = time.perf_counter()
+        front = dcc.search(
+            MODEL, output=folder, sampler="ddim", steps=options.steps, budget=budget, own_process=True,
+            resume=(folder / "evaluations.sqlite").exists(),
+        )  # fmt: skip
+        print(f"search and measuring: {time.perf_counter() - start:.0f} s")
+    if front is not None:
+        found = of_search(front)
+        (folder / "schedules.json").write_text(json.dumps(found, indent=1))
+    if options.only in (None, "levels"):
+        levels(options.steps, folder, front)
+    if options.only in (None, "overhead"):
+        overhead(options.steps, folder)
+    if options.only in (None, "hypervolume"):
+        hypervolume(options.steps, folder, 24 if options.quick else options.hypervolume_budget, 3)
+
+
+if __name__ == "__main__":
+    main()
