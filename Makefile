@@ -13,7 +13,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compile,cpu,diffusers,examples,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compile,cpu,diffusers,search,dist,examples,dev]'
 	touch $@
 
 demo: $(STAMP)

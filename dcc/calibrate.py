@@ -266,7 +266,7 @@ def operation_part(operation: Operation, stages: Mapping[str, Stage]) -> Part | 
     node = next(value for value in operation.outputs)
     like = node if isinstance(node, Node) else node.like
     size = elements(shape_of(like)[1:], 1)
-    if operation.kind == "delta":
+    if operation.kind in ("delta", "copy"):
         return sum_part(size)
     weights = sum(isinstance(value, Scalar) for value in operation.inputs)
     histories = len(operation.inputs) - weights - operation.based

@@ -92,6 +92,8 @@ def _arithmetic(operation: Operation, prefix: str, ports: Mapping[Value, str]) -
     """Nodes of a combination or a delta."""
     names = [ports[value] for value in operation.inputs]
     result = ports[operation.outputs[0]]
+    if operation.kind == "copy":
+        return [helper.make_node("Identity", names, [result], name=f"{prefix}copy")]
     if operation.kind == "delta":
         return [helper.make_node("Sub", names, [result], name=f"{prefix}delta")]
     weights = [name for value, name in zip(operation.inputs, names, strict=True) if isinstance(value, Scalar)]

@@ -50,6 +50,7 @@ class Operation:
     combine  `base + sum_j w_j h_j`: inputs are the base if `based`, the kept values, their weights;
              without weights it is `base + h`
     delta    `inputs[0] - inputs[1]`
+    copy     `inputs[0]`
     keep     `inputs[0]` is stored where `outputs[0]` lives; costs nothing
     """
 
@@ -107,6 +108,10 @@ def _extents(program: Program, units: Sequence[Unit], stages: Sequence[Stage]) -
     extents = []
     for unit in units:
         first = last = places[unit.first]
+        if unit.stores is Stores.OUTPUT:
+            final = outputs_of(program.graph)[0]
+            extents.append(_Extent(0, len(stages) - 1, ((final, None),)))
+            continue
         if unit.stores is Stores.DELTA:
             last = places[unit.last]
             after = places[unit.last + 1] if unit.last + 1 < len(places) else len(stages)
@@ -174,16 +179,24 @@ class _Call:
         name = self._schedule.units[unit].name
         for index, (node, base) in enumerate(self._extents[unit].results):
             kept = Kept(unit, index, self._call, node)
-            if base is None:
+            if self._whole(unit):
+                self._operations.append(Operation("copy", (node,), (kept,)))
+            elif base is None:
                 self._operations.append(Operation("keep", (node,), (kept,)))
             else:
                 ends = self._resolve(node, name), self._resolve(base, name)
                 self._operations.append(Operation("delta", ends, (kept,)))
 
+    def _whole(self, unit: int) -> bool:
+        """Whether the unit stores the denoiser's output, which has a place of its own in every call."""
+        return self._schedule.units[unit].stores is Stores.OUTPUT
+
     def _replace(self, unit: int) -> None:
         action, name = self._schedule.actions[self._call][unit], self._schedule.units[unit].name
         history = self._schedule.history(self._call, unit, len(action.weights))
         for index, (node, base) in enumerate(self._extents[unit].results):
+            if action.kind == "skip" and self._whole(unit):
+                raise ScheduleError("the whole denoiser cannot be skipped", at=f"call {self._call}", next="reuse it")
             if action.kind == "skip":
                 if base is None:
                     self._absent.add(node)
@@ -191,10 +204,11 @@ class _Call:
                     self._alias[node] = base
                 continue
             kept = tuple(Kept(unit, index, call, node) for call in history)
-            if action == REUSE and base is None:
+            whole = self._whole(unit)
+            if action == REUSE and base is None and not whole:
                 self._alias[node] = kept[0]
                 continue
-            weights = () if action == REUSE else tuple(Scalar(weight, node) for weight in action.weights)
+            weights = () if action == REUSE and not whole else tuple(Scalar(weight, node) for weight in action.weights)
             bases = () if base is None else (self._resolve(base, name),)
             self._operations.append(Operation("combine", (*bases, *kept, *weights), (node,), based=base is not None))
 
@@ -223,7 +237,7 @@ def _live(calls: list[list[Operation]], final: Node) -> list[list[Operation]]:
         made = {value for operation in chosen for value in operation.outputs}
         made |= {value for operation in chosen for value in operation.inputs}
         for operation in operations:
-            if operation.kind == "delta" and operation.inputs[0] in made:
+            if operation.kind in ("delta", "copy") and operation.inputs[0] in made:
                 value = operation.outputs[0]
                 assert isinstance(value, Kept)
                 if (value.unit, value.index) in wanted:

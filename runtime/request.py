@@ -45,8 +45,9 @@ class Request:
         known = self.halves.known
         output = self.output(call)
         self.halves.known = known
-        noise = copy.deepcopy(self._source)
-        sampler = copy.deepcopy(self.sampler)
+        sampler = self.sampler.fork()
+        # A generator's state is large: it is copied for samplers that draw.
+        noise = copy.deepcopy(self._source) if self.sampler.table.calls[call].draws else self._source
         return sampler.advance(call, output, lambda dtype: noise.draw(self.sampler.shape[1:], dtype)).copy()
 
     def draw(self, dtype: str) -> Array:

@@ -135,6 +135,14 @@ class Sampler:
             register.fill(0)
         self._next = 0
 
+    def fork(self) -> Sampler:
+        """Another sampler in the same state, which goes on by itself."""
+        other = Sampler(self.table, self.shape)
+        for mine, theirs in zip(self._registers, other._registers, strict=True):
+            np.copyto(theirs, mine)
+        other._next = self._next
+        return other
+
     def model_input(self, call: int) -> Array:
         """Return the latent as the denoiser takes it at this call: read-only for the caller, until `advance`."""
         scale = self._expect(call).input_scale

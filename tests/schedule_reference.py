@@ -142,14 +142,14 @@ def check(
 
 
 def reference(
-    subject: Subject, schedule: Schedule, *, images: int = 2, scale: float | None = None, seed: int = 5
+    subject: Subject, schedule: Schedule, *, images: int = 2, scale: float | None = None, seed: int | list[int] = 5
 ) -> np.ndarray:
     """Samples of the plain loop under the schedule, `[images, ...]`."""
     return [*trajectory(subject, schedule, images=images, scale=scale, seed=seed)][-1]
 
 
 def trajectory(
-    subject: Subject, schedule: Schedule, *, images: int = 2, scale: float | None = None, seed: int = 5
+    subject: Subject, schedule: Schedule, *, images: int = 2, scale: float | None = None, seed: int | list[int] = 5
 ) -> list[np.ndarray]:
     """The latent after each sampler call."""
     program, given = subject.program, subject.rows(images)

@@ -5,6 +5,7 @@ A *unit* is a run of neighbouring components. What is kept of it on a call that 
     branch   the component's own result, before its gate: a later call applies its own gate to it
              (one component; what FORA, TaylorSeer, ECAD and learned routers keep)
     delta    `x_out - x_in` over the run, after the gates (spans: Delta-DiT, first-block caching, MagCache)
+    output   the denoiser's whole output; the unit is all components, and a call that does not compute it runs nothing
 
 On a call that does not compute the unit, a linear combination of its last computed values stands in:
 `sum_j weights[j] * history[j]`, newest first. Reuse is `[1]`, an order-1 forecast `[1 + k/d, -k/d]`.
@@ -43,6 +44,7 @@ class Stores(StrEnum):
 
     BRANCH = "branch"
     DELTA = "delta"
+    OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class Schedule:
         for index, item in enumerate(_list(fields["units"], "units")):
             entry = _object(item, ("name", "first", "last", "stores"), f"units[{index}]")
             if not isinstance(entry["stores"], str) or entry["stores"] not in tuple(Stores):
-                _refuse(f"units[{index}].stores", _brief(entry["stores"]), "branch or delta")
+                _refuse(f"units[{index}].stores", _brief(entry["stores"]), ", ".join(Stores))
             first, last = (_integer(entry[key], f"units[{index}].{key}") for key in ("first", "last"))
             units.append(Unit(_text(entry["name"], f"units[{index}].name"), first, last, Stores(entry["stores"])))
         steps = [
@@ -271,6 +273,11 @@ def delta_units(components: Sequence[str], starts: Sequence[int] = (0,)) -> tupl
 def _span_name(components: Sequence[str], first: int, last: int) -> str:
     name = components[first] if first == last else f"{components[first]}..{components[last]}"
     return name[:TEXT_LIMIT]
+
+
+def output_unit(components: Sequence[str]) -> tuple[Unit, ...]:
+    """All components as one unit that stores the denoiser's output."""
+    return (Unit(_span_name(components, 0, len(components) - 1), 0, len(components) - 1, Stores.OUTPUT),)
 
 
 def full_schedule(components: Sequence[str], calls: int) -> Schedule:
@@ -345,6 +352,8 @@ def _check_units(schedule: Schedule) -> None:
             _refuse(at, f"components {unit.first} to {unit.last}", f"a run that begins at {expected}")
         if unit.stores is Stores.BRANCH and unit.first != unit.last:
             _refuse(at, "a branch of several components", "one component, or a delta")
+        if unit.stores is Stores.OUTPUT and len(schedule.units) > 1:
+            _refuse(at, "the output beside other units", "one unit of all components")
         expected = unit.last + 1
     if expected != len(schedule.components):
         _refuse("units", f"components up to {expected}", f"all {len(schedule.components)}")

@@ -6,8 +6,8 @@ Children are many and evaluations few: a model of what was evaluated so far choo
 Replays from its store: what chose the candidates sees only the seed and earlier results, so that a search that was
 killed makes the same choices again, takes stored results instead of computing them, and ends at the same front.
 
-Source    Deb et al. 2002 (NSGA-II); ECAD, ICLR 2026, which searches caching schedules by it; expected improvement of
-          the hypervolume over a Gaussian process's prediction, Emmerich et al. 2011.
+Source    Deb et al. 2002 (NSGA-II); ECAD, ICLR 2026, which searches caching schedules by it; Jones et al. 1998
+          (expected improvement over the prediction of a Gaussian process).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pymoo.core.infill import InfillCriterion
 from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
-from pymoo.core.repair import Repair
 from pymoo.indicators.hv import HV
 
 from dcc.errors import UsageError
@@ -53,7 +52,8 @@ MINIMUM_TO_FIT = 6
 MODEL_POINTS = 300
 BINS = 8  # of speed, that are served in turn
 KEPT_IN_BIN = 5
-CURIOSITY = 0.5  # of a standard deviation: how far predictions are trusted to be wrong
+CURIOSITY = 0.5  # of a standard deviation: how wrong predictions are taken to be
+TINY = 1e-300
 EXACT = "exact"
 
 
@@ -101,10 +101,10 @@ class Limits:
 class Options:
     """How to search. Equal options and equal results give an equal search.
 
-    `screened` children are made for each one that is evaluated, in `rounds` rounds of moves; 1 evaluates what the
-    moves give. `speeds` is the range of speed-ups over the exact schedule that the search is for. `stages` are the
-    shares of the budget after which moves get finer, one less than there are levels; by default equal shares of
-    three quarters of the budget.
+    `screened` children are made for each one that is evaluated, in `rounds` rounds of moves; with 1 the moves decide
+    alone. `speeds` is the range of speed-ups over the exact schedule that the search is for. `stages` are the shares
+    of the budget after which moves get finer, one less than there are levels; by default whole calls take 40 %, and
+    each finer level begins in turn until 85 %.
     """
 
     budget: int = 200
@@ -112,7 +112,7 @@ class Options:
     population: int = 40
     seed: int = 0
     screened: int = 40
-    rounds: int = 3
+    rounds: int = 2
     speeds: tuple[float, float] = (1.2, 5.0)
     stages: tuple[float, ...] = ()
 
@@ -199,7 +199,7 @@ def non_dominated(candidates: Sequence[Candidate], limits: Limits | None = None)
     kept = [item for item in candidates if limits is None or limits.violation(item.asked, item.evaluation) == 0]
     front: list[Candidate] = []
     for item in sorted(kept, key=lambda item: (item.evaluation.latency_ms, item.evaluation.loss, item.digest)):
-        if not front or item.evaluation.loss < front[-1].evaluation.loss:
+        if item.evaluation.loss < (front[-1].evaluation.loss if front else math.inf):
             front.append(item)
     return tuple(front)
 
@@ -357,7 +357,18 @@ class _Search:
     def bins(self) -> Array:
         """Edges of the bins of speed, as log latencies, ascending, [BINS + 1]."""
         slow, fast = self.options.speeds
-        return -np.log(np.geomspace(fast, slow, BINS + 1))
+        if self.limits.latency_ms is not None:
+            slow = max(slow, self.reference[0] / self.limits.latency_ms)
+        return -np.log(np.geomspace(max(fast, 1.01 * slow), slow, BINS + 1))
+
+    def highest_loss(self) -> float:
+        """Log of the loss that the limit of the psnr allows, infinite without one."""
+        rows = [item.evaluation for item in self.candidates]
+        # The psnr of an error depends on the samples' range, which only the evaluator knows.
+        ranges = [row.psnr / 10 + math.log10(row.loss) for row in rows if math.isfinite(row.psnr) and row.loss > 0]
+        if self.limits.psnr is None or not ranges:
+            return math.inf
+        return self._log_loss(10 ** (float(np.median(ranges)) - self.limits.psnr / 10))
 
     def levels(self) -> Array:
         """How likely a move acts on each level now: the current level half, coarser ones the other half."""
@@ -413,20 +424,6 @@ class CallRanges(Crossover):
         return children
 
 
-class KeepLimits(Repair):
-    """pymoo's repair: what is known before an evaluation (latency, bytes of histories) is within the limits."""
-
-    def __init__(self, run: _Search) -> None:
-        super().__init__()
-        self.run = run
-
-    def _do(self, problem: Problem, X: Array, **kwargs: Any) -> Array:
-        space, limits = self.run.space, self.run.limits
-        if limits.latency_ms is None and limits.history_bytes is None:
-            return canonical(space, Genome.of_vector(space, X)).vector()
-        return np.stack([repair(space, Genome.of_vector(space, row), limits).vector() for row in X])
-
-
 def repair(space: Space, genome: Genome, limits: Limits) -> Genome:
     """A canonical genome whose schedule keeps the limits of latency and histories, as near as simple steps get.
 
@@ -435,7 +432,9 @@ def repair(space: Space, genome: Genome, limits: Limits) -> Genome:
     components at once.
     """
     genome = canonical(space, genome)
-    if limits.history_bytes is not None and limits.breaks_history(to_schedule(space, genome)):
+    if limits.latency_ms is None and limits.history_bytes is None:
+        return genome
+    if limits.breaks_history(to_schedule(space, genome)):
         genome = _smaller(space, genome, limits)
     while limits.broken_before(to_schedule(space, genome)):
         computed = np.flatnonzero((genome.actions == COMPUTES).any(axis=1))
@@ -472,15 +471,16 @@ def _smaller(space: Space, genome: Genome, limits: Limits) -> Genome:
 class Children(InfillCriterion):
     """pymoo's mating: what to evaluate next.
 
-    Children of the front and of the population are made in rounds, each from the best of the one before by the
-    model's word; of those that were never evaluated the ones are taken that promise most hypervolume, one after
-    another, each as if the ones before had come true.
+    Children of the population are made in rounds, each from those that the model thought best of the round before.
+    Of those that were never evaluated one is taken for each bin of speed in turn: the one that promises to improve
+    the front most there, as if those taken before had come true. All bins are served alike, because a hypervolume
+    alone would spend most of the budget where the loss is smallest.
     """
 
     def __init__(self, run: _Search) -> None:
         super().__init__()
         self.run = run
-        self.moves, self.ranges, self.limits = Moves(run), CallRanges(run), KeepLimits(run)
+        self.moves, self.ranges = Moves(run), CallRanges(run)
         self.schedules: dict[bytes, Schedule] = {}
 
     def do(
@@ -496,13 +496,15 @@ class Children(InfillCriterion):
             evaluated = {genome.vector().tobytes() for genome in run.genomes}
             pool: dict[bytes, Array] = {}
             for _ in range(options.rounds):
-                fresh = self._children(problem, parents, n_offsprings * options.screened // options.rounds, random_state)
+                count = n_offsprings * options.screened // options.rounds
+                fresh = self._children(problem, parents, count, random_state)
                 pool.update({row.tobytes(): row for row in fresh if row.tobytes() not in evaluated})
                 parents = model.best_of_bins(np.concatenate([parents, fresh]), KEPT_IN_BIN)
             rows = np.stack(list(pool.values())) if pool else np.empty((0, run.space.size), dtype=np.int64)
             for index in model.most_promising(rows, 2 * n_offsprings, len(run.history) * n_offsprings):
                 if len(picked) < n_offsprings:
                     self._take(rows[index], picked, chosen)
+        # Without a model, or where it has nothing left to choose from.
         for _ in range(self.n_max_iterations):
             if len(picked) >= n_offsprings:
                 break
@@ -512,7 +514,9 @@ class Children(InfillCriterion):
         return Population.new("X", np.stack(picked)) if picked else Population.create()
 
     def _take(self, row: Array, picked: list[Array], chosen: set[str]) -> None:
-        schedule = to_schedule(self.run.space, Genome.of_vector(self.run.space, row))
+        """The row, repaired, is picked if it is new. Only here: to predict a schedule's limits exactly takes time."""
+        genome = repair(self.run.space, Genome.of_vector(self.run.space, row), self.run.limits)
+        row, schedule = genome.vector(), to_schedule(self.run.space, genome)
         digest = schedule.digest()
         if digest in self.run.known or digest in chosen or self.run.limits.broken_before(schedule):
             return
@@ -529,17 +533,16 @@ class Children(InfillCriterion):
         return np.stack([pop[row].X for row in rows])
 
     def _children(self, problem: Problem, parents: Array, count: int, random: np.random.Generator) -> Array:
-        """Repaired children, `count` or one more, of parents drawn evenly."""
+        """Canonical children, `count` or one more, of parents drawn evenly and partners drawn from all."""
         pairs = math.ceil(count / 2)
-        draws = np.concatenate([random.permutation(len(parents)) for _ in range(math.ceil(pairs / len(parents)) + 1)])
-        # Partners are near in the population's order or anywhere: ranges of calls of any two schedules fit.
+        draws = np.concatenate([random.permutation(len(parents)) for _ in range(math.ceil(pairs / len(parents)))])
         partners = random.integers(len(parents), size=pairs)
         population = Population.new("X", parents)
         matings = np.column_stack([draws[:pairs], partners])
         children = self.ranges.do(problem, population, parents=matings, random_state=random)
         children = self.moves.do(problem, children, random_state=random)
-        children = self.limits.do(problem, children)
-        return np.stack([child.X for child in children])
+        genomes = Genome.of_vector(self.run.space, np.stack([child.X for child in children]))
+        return canonical(self.run.space, genomes).vector()
 
 
 class _Model:
@@ -578,7 +581,8 @@ class _Model:
         """How much each of the canonical genomes may improve the front, and in which bin of speed."""
         latency, loss, spread = self.predict(rows)
         edges = self.run.bins()
-        return Judgement(latency, loss, spread, np.searchsorted(edges[1:-1], latency), edges[0], edges[-1])
+        places = np.searchsorted(edges[1:-1], latency)
+        return Judgement(latency, loss, spread, places, edges[0], edges[-1], self.run.highest_loss())
 
     def best_of_bins(self, rows: Array, each: int) -> Array:
         """The `each` most promising rows of every bin of speed."""
@@ -616,16 +620,26 @@ class Judgement:
     bin: Array
     fastest: float
     slowest: float
+    highest: float  # log loss that is allowed
 
     def hopes(self, front: Array) -> Array:
-        """Log of the expected improvement of the loss over `front` at the same latency; -inf outside the range."""
+        """Log of the expected improvement of the log loss over `front` at the same latency; -inf outside the range.
+
+        Weighed with the probability that the loss is allowed.
+        """
         order = front[np.argsort(front[:, 0], kind="stable")]
         levels = np.minimum.accumulate(np.concatenate([[0.0], order[:, 1]]))
         level = levels[np.searchsorted(order[:, 0], self.latency, side="right")]
         spread = np.maximum(CURIOSITY * self.spread, 1e-6)
         ratio = np.clip((level - self.loss) / spread, -30, 30)
         density = np.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
-        below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in ratio])
-        expected = np.log(np.maximum(spread * (ratio * below + density), 1e-300))
+        expected = np.log(np.maximum(spread * (ratio * _normal(ratio) + density), TINY))
+        if math.isfinite(self.highest):
+            expected += np.log(np.maximum(_normal(np.clip((self.highest - self.loss) / spread, -30, 30)), TINY))
         outside = (self.latency > self.slowest) | (self.latency < self.fastest)
         return np.where(outside, -np.inf, np.round(expected, 9))
+
+
+def _normal(values: Array) -> Array:
+    """Distribution function of the standard normal distribution."""
+    return np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in values])

@@ -7,7 +7,6 @@ search and on another for the report.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -236,7 +235,7 @@ class Laboratory:
         starts, outputs = [], []
         with loaded.request(**self.request_values(loaded, requests)) as request:
             for call in range(calls):
-                starts.append(copy.deepcopy(request.sampler))
+                starts.append(request.sampler.fork())
                 outputs.append(request.output(call).copy())
                 request.advance(call, outputs[-1])
             exact = request.sampler.latent.copy()
@@ -246,7 +245,7 @@ class Laboratory:
             loaded = self.load(from_steps(components, delta_units(components), computes, order=1))
             first = max(0, call - 2)
             with loaded.request(**self.request_values(loaded, requests)) as request:
-                request.sampler = copy.deepcopy(starts[first])
+                request.sampler = starts[first].fork()
                 for other in range(first, calls):
                     output = request.output(other)
                     if other == call:

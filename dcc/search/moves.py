@@ -107,6 +107,22 @@ def guide(space: Space, genome: Genome, target: Array, random: np.random.Generat
     return genome
 
 
+def guide_range(space: Space, genome: Genome, target: Array, random: np.random.Generator) -> Genome:
+    """In a range of calls the difference of the halves is renewed every second, third or fourth call only.
+
+    One call at a time gains little: what runs one half leaves no value for a later call that runs both.
+    """
+    if space.calls > 1:
+        first, end = sorted(random.choice(np.arange(1, space.calls + 1), size=2, replace=False))
+        every = int(random.integers(1, 5))
+        genome.guidance[first:end] = 1 + (random.random() < 0.5)
+        if every > 1:
+            genome.guidance[first + every - 1 : end : every] = 0
+        elif random.random() < 0.5:
+            genome.guidance[first:end] = 0
+    return genome
+
+
 def keep(space: Space, genome: Genome, target: Array, random: np.random.Generator) -> Genome:
     """The target keeps branches in place of deltas, or the other way round."""
     return replace(genome, branch=_changed(genome.branch, target, not genome.branch[target].all()))
@@ -122,13 +138,13 @@ def align(space: Space, genome: Genome, target: Array, random: np.random.Generat
 
 Move = Callable[[Space, Genome, Array, np.random.Generator], Genome]
 MOVES: tuple[tuple[Move, float], ...] = (
-    (swap, 0.34), (add, 0.14), (remove, 0.14), (relocate, 0.10), (reorder, 0.10), (guide, 0.10), (keep, 0.04),
-    (align, 0.04),
+    (swap, 0.34), (add, 0.14), (remove, 0.14), (relocate, 0.10), (reorder, 0.10), (guide, 0.08), (guide_range, 0.06),
+    (keep, 0.04), (align, 0.04),
 )  # fmt: skip
 
 
 def _fits(space: Space, move: Move) -> bool:
-    return space.guided or move is not guide
+    return space.guided or move not in (guide, guide_range)
 
 
 def _order_in_use(space: Space, genome: Genome, target: Array, random: np.random.Generator) -> int:

@@ -41,7 +41,7 @@ from dcc.search.choose import sampler_digest
 from dcc.search.evaluator import TrajectoryEvaluator
 from dcc.search.evolution import Candidate, Limits, Options, Progress, Result
 from dcc.search.evolution import search as evolve
-from dcc.search.front import Front, HistoryRow, Point, non_dominated
+from dcc.search.front import Front, HistoryRow, Point, non_dominated, write_files
 from dcc.search.genome import Space
 from dcc.search.laboratory import Laboratory
 from dcc.search.report import write_report
@@ -53,7 +53,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Told = Callable[[str], None]
 FRONT_POINTS = 16
 DATABASE, TABLE, MEASURED = "evaluations.sqlite", "calibration.json", "measurements.json"
-CALIBRATION_REPEATS = 5
+CALIBRATION_REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,12 @@ def search(
     target_named(target)
     timer = StageClock(told)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume and (folder / DATABASE).exists():
+    found = (folder / DATABASE).exists()
+    if found and not resume:
         raise UsageError("there is a search in this folder", at=folder, next="--resume, or another -o")
+    if resume and not found:
+        raise UsageError("there is no search to resume", at=folder, next="leave out --resume to begin one")
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     given = Source(model, **source)
     prepared = prepare(given, 1, timer)
@@ -236,9 +239,11 @@ def _worker(source: Source, conditions: Mapping[str, Any] | None, images: int, f
     """The evaluator in another process or on another machine, made from the model's name."""
     prepared = prepare(source, 1)
     work = Path(tempfile.mkdtemp(prefix="dcc-search-"))
+    # The held-out images too: the range that PSNR is relative to must be the same in every process.
     laboratory = Laboratory(
-        prepared.program, work, images=images, held_out_images=1, conditions=conditions, own_process=True
-    )
+        prepared.program, work, images=images, held_out_images=min(2 * images, source.max_batch),
+        conditions=conditions, own_process=True,
+    )  # fmt: skip
     return TrajectoryEvaluator(laboratory, CalibrationTable.load(Path(folder) / TABLE))
 
 
@@ -280,7 +285,7 @@ def _measured(laboratory: Laboratory, folder: Path, clock: Clock) -> Subject:
     else:
         with clock("measuring exact trajectories"):
             laboratory.program.measurements = laboratory.measurements()
-        path.write_text(json.dumps(laboratory.program.measurements.to_json()))
+        write_files({path: json.dumps(laboratory.program.measurements.to_json()).encode()})
     return subject_of(laboratory.program)
 
 

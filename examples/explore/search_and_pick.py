@@ -36,24 +36,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test: 5 steps, 2 images, 4 evaluations")
     options = parser.parse_args()
     steps, budget, images = (5, 4, 2) if options.quick else (options.steps, options.budget, options.images)
-    settings = {"sampler": "ddim", "steps": steps, "guidance": "cfg"}
+    settings = {"sampler": "ddim", "steps": steps, "guidance": "cfg", "images": images, "own_process": True}
 
-    front = dcc.search(
-        MODEL, output=options.output, budget=budget, images=images, resume=options.resume, told=print, **settings
-    )
+    front = dcc.search(MODEL, output=options.output, budget=budget, resume=options.resume, told=print, **settings)
     show_front(front)
     point = pick(front, "1x" if options.quick else options.pick)
     print(f"picked {point.summary()}")
 
     files = {"exact": None, "picked": point.schedule}
     for name, schedule in files.items():
-        dcc.compile(MODEL, output=options.output / f"{name}.dcc", schedule=schedule, images=images, **settings)
+        dcc.compile(MODEL, output=options.output / f"{name}.dcc", schedule=schedule, **settings)
 
     # From here on there is no torch: this is what a serving process does.
     labels = np.arange(images) % 10
     samples, seconds = {}, {}
     for name in files:
-        dit = runtime.load(options.output / f"{name}.dcc")
+        dit = runtime.load(options.output / f"{name}.dcc", own_process=True)
         dit.sample({"y": labels}, seed=SEED)
         start = time.perf_counter()
         samples[name] = dit.sample({"y": labels}, seed=SEED)

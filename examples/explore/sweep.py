@@ -40,6 +40,7 @@ COLUMNS = ("method", "schedule", "FLOPs", "speed-up", "PSNR, dB", "plain steps i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="examples/digits/dit_digits.pt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/sweep"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--images", type=int, default=16, help="images of a generation; twice as many are held out")
@@ -48,10 +49,11 @@ def main() -> None:
     options = parser.parse_args()
     steps, images, settings = (6, 2, 1) if options.quick else (options.steps, options.images, None)
     options.output.mkdir(parents=True, exist_ok=True)
-    source = Source("examples/digits/dit_digits.pt", sampler="ddim", steps=steps, guidance="cfg")
-    prepared = prepare(source)
+    prepared = prepare(Source(options.model, sampler="ddim", steps=steps, guidance="cfg"))
     with tempfile.TemporaryDirectory() as folder:
-        laboratory = Laboratory(prepared.program, Path(folder), images=images, held_out_images=2 * images)
+        laboratory = Laboratory(
+            prepared.program, Path(folder), images=images, held_out_images=2 * images, own_process=True
+        )
         subject = replace(subject_of(prepared.program), measurements=laboratory.measurements())
         found = {(method, step): step.propose(subject) for method in METHODS for step in METHODS[method][:settings]}
         if options.fit:
@@ -69,7 +71,7 @@ def main() -> None:
         csv.writer(file).writerows([COLUMNS, *rows])
     draw(rows, steps, options.output / "sweep.png")
     shown = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    print_table(f"digits, ddim {steps} steps, {images} images, held-out seeds", COLUMNS, shown)
+    print_table(f"{prepared.program.name}, {steps} ddim steps, {images} images, held-out seeds", COLUMNS, shown)
 
 
 def draw(rows: list[tuple], steps: int, path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Fitted weights: what is computed stays, the trajectory comes nearer to the exact one, and nothing is random."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import studies
+
+from dcc.ir.schedule import (
+    BOTH,
+    CONDITIONAL,
+    REUSE_DIFFERENCE,
+    GuidanceMode,
+    Schedule,
+    branch_units,
+    from_steps,
+    full_schedule,
+)
+from dcc.search.fitting import fit_weights
+from dcc.search.laboratory import Laboratory, first_of
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    return studies.laboratory(tmp_path_factory.mktemp("fitting"))
+
+
+def loss(laboratory: Laboratory, schedule: Schedule) -> float:
+    return laboratory.quality(laboratory.run(schedule, laboratory.search).samples, laboratory.search)[0]
+
+
+def fitted(laboratory: Laboratory, schedule: Schedule) -> Schedule:
+    return fit_weights(laboratory, schedule, laboratory.search)
+
+
+def forecasts(laboratory: Laboratory) -> Schedule:
+    return studies.spans(laboratory.program.components, (0, 1, 3))
+
+
+def shape(schedule: Schedule) -> list[list[tuple[str, int]]]:
+    """What a schedule costs: kinds of actions and numbers of weights."""
+    rows = [[(action.kind, len(action.weights)) for action in row] for row in schedule.actions]
+    return [*rows, [(mode.kind, len(mode.weights)) for mode in schedule.guidance]]
+
+
+def test_the_same_calls_compute_the_same_units(laboratory: Laboratory) -> None:
+    schedule = forecasts(laboratory)
+    found = fitted(laboratory, schedule)
+    assert shape(found) == shape(schedule)
+    assert found != schedule
+    assert (found.units, found.name) == (schedule.units, schedule.name)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("calls", [(0, 1, 3), (0, 2), (0, 1, 2)])
+def test_the_samples_are_nearer_to_the_exact_ones(laboratory: Laboratory, calls: tuple[int, ...], order: int) -> None:
+    schedule = studies.spans(laboratory.program.components, calls, order)
+    assert loss(laboratory, fitted(laboratory, schedule)) <= loss(laboratory, schedule)
+
+
+def test_branches_are_fitted_each_for_itself(laboratory: Laboratory) -> None:
+    components = laboratory.program.components
+    schedule = from_steps(components, branch_units(components), [[call in (0, 2)] * 4 for call in range(5)])
+    found = fitted(laboratory, schedule)
+    weights = [action.weights for action in found.actions[1]]
+    assert len(set(weights)) == len(components)
+    assert loss(laboratory, found) <= loss(laboratory, schedule)
+
+
+def test_reused_guidance_is_fitted(laboratory: Laboratory) -> None:
+    components = laboratory.program.components
+    modes = (BOTH, REUSE_DIFFERENCE, BOTH, GuidanceMode("reuse", (1.5, -0.5)), BOTH)
+    schedule = replace(full_schedule(components, 5), guidance=modes)
+    found = fitted(laboratory, schedule)
+    assert shape(found) == shape(schedule)
+    assert found.actions == schedule.actions
+    assert all(one.weights != other.weights for one, other in zip(found.guidance, modes, strict=True) if other.weights)
+    assert loss(laboratory, found) < loss(laboratory, schedule)
+
+
+@pytest.mark.parametrize("modes", [(BOTH,) * 5, (BOTH, CONDITIONAL, BOTH, CONDITIONAL, BOTH)])
+def test_without_combinations_nothing_changes(laboratory: Laboratory, modes: tuple[GuidanceMode, ...]) -> None:
+    schedule = replace(full_schedule(laboratory.program.components, 5), guidance=modes)
+    assert fitted(laboratory, schedule) == schedule
+
+
+def test_the_fit_repeats_itself(laboratory: Laboratory) -> None:
+    schedule = forecasts(laboratory)
+    assert fitted(laboratory, schedule) == fitted(laboratory, schedule)
+
+
+def test_a_fit_leaves_other_runs_alone(laboratory: Laboratory) -> None:
+    """Weights are moved in the arrays that the engines read: those of no other loaded schedule."""
+    schedule = forecasts(laboratory)
+    loaded = laboratory.load(schedule)
+    values = laboratory.request_values(loaded, laboratory.search)
+    before = loaded.sample(**values)
+    fitted(laboratory, schedule)
+    np.testing.assert_array_equal(loaded.sample(**values), before)
+    np.testing.assert_array_equal(laboratory.run(schedule, laboratory.search).samples, before)
+    np.testing.assert_array_equal(
+        laboratory.run(None, laboratory.search).samples, laboratory.exact_trajectory(laboratory.search)[-1]
+    )
+
+
+def test_a_large_ridge_holds_the_weights(laboratory: Laboratory) -> None:
+    schedule = forecasts(laboratory)
+
+    def moved(ridge: float) -> float:
+        found = fit_weights(laboratory, schedule, laboratory.search, ridge)
+        pairs = zip(found.actions, schedule.actions, strict=True)
+        changes = [
+            abs(new - old)
+            for after, before in pairs
+            for one, other in zip(after, before, strict=True)
+            for new, old in zip(one.weights, other.weights, strict=True)
+        ]
+        return max(changes)
+
+    assert moved(1e6) < 1e-3 < moved(1e-2)
+
+
+def test_a_fit_follows_its_requests(laboratory: Laboratory) -> None:
+    schedule = forecasts(laboratory)
+    one = fit_weights(laboratory, schedule, first_of(laboratory.search, 1))
+    assert shape(one) == shape(schedule)
+    assert one != fitted(laboratory, schedule)
