@@ -28,7 +28,7 @@ from dcc.preparation import Source, StageClock, prepare
 from dcc.search.evaluator import TrajectoryEvaluator
 from dcc.search.front import Front, Point
 from dcc.search.laboratory import Laboratory
-from dcc.search.study import _calibrated, _measured, run
+from dcc.search.study import calibrated, measured_subject, run
 
 MODEL = "examples/digits/dit_digits.pt"
 SPEEDS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -87,8 +87,12 @@ def of_search(front: Front) -> dict[str, Any]:
     ]  # fmt: skip
     lines: dict[str, list[Point]] = {"fewer plain steps": plain, **dict(sorted(methods.items())), "search": ours}
     rows = [[name, *(figure(at_speed(points, speed)) for speed in SPEEDS)] for name, points in lines.items()]
-    classic = [point for points in methods.values() for point in points]
-    best = {speed: at_speed(classic, speed) for speed in SPEEDS}
+    best = {
+        speed: max(
+            (value for points in methods.values() if (value := at_speed(points, speed)) is not None), default=None
+        )
+        for speed in SPEEDS
+    }
     gained = {
         speed: mine - theirs
         for speed in SPEEDS
@@ -154,8 +158,8 @@ def hypervolume(steps: int, folder: Path, budget: int, seeds: int) -> None:
     with tempfile.TemporaryDirectory() as work:
         laboratory = Laboratory(prepared.program, Path(work), images=8, held_out_images=8, own_process=True)
         clock = StageClock(lambda _: None)
-        costs = _calibrated(laboratory, Path(work), "cpu", clock, lambda _: None)
-        subject = _measured(laboratory, Path(work), clock)
+        costs = calibrated(laboratory, Path(work), "cpu", clock, lambda _: None)
+        subject = measured_subject(laboratory, Path(work), clock)
         curves = {}
         for seeded in (True, False):
             for seed in range(seeds):

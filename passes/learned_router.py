@@ -41,6 +41,8 @@ EARLY = (Scope.TIMESTEP, Scope.REQUEST, Scope.TABLE)
 LOGIT_LIMIT = 5.0
 PROBES = 24  # calls whose image error is measured; those between are interpolated
 SMALLEST = 1e-30
+SMALLEST_REST = 0.025  # of 1 - r, which both gradients are divided by
+LARGEST_SHIFT = 0.3  # of all logits in one iteration
 
 Branches = tuple[Tensor, ...]
 Slots = list[Branches]
@@ -261,7 +263,7 @@ class _Trainer:
     def _step(self, pressure: Tensor, share: float | None, iteration: int) -> None:
         """One optimiser step on all logits: each gradient is divided by the sum of its two terms' magnitudes."""
         options = self.options
-        rest = (1 - self.logits.sigmoid()).clamp_min(0.025)
+        rest = (1 - self.logits.sigmoid()).clamp_min(SMALLEST_REST)
         # Both terms fall with 1 - r in the concave penalty; what is left is in units of beta.
         gain = (pressure / self.cost / (2 * rest))[1:]
         beta = options.beta if share is None else float(gain.clamp_min(SMALLEST).quantile(min(0.95, 1 - share)))
@@ -269,6 +271,17 @@ class _Trainer:
         self.momentum[1:] = options.momentum * self.momentum[1:] + (1 - options.momentum) * balance
         step = options.learning_rate * self.momentum[1:] / (1 - options.momentum ** (iteration + 1))
         self.logits[1:] = (self.logits[1:] + step).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        if share is not None:
+            self._settle(highest(self.logits, self.subject, share)[1:])
+
+    def _settle(self, computes: Tensor) -> None:
+        """Move all logits together until tau lies between those that are computed and the others, in small steps."""
+        logits = self.logits[1:]
+        if computes.all() or not computes.any():
+            return
+        between = float(logits[~computes].max() + logits[computes].min()) / 2
+        shift = min(max(_logit(self.options.tau) - between, -LARGEST_SHIFT), LARGEST_SHIFT)
+        self.logits[1:] = (logits + shift).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
 class Batch:

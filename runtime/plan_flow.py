@@ -32,7 +32,7 @@ READS = {
     "timestep": ("input", "constant", "timestep"),
     "request": ("input", "constant", "request"),
     "table": ("input", "constant", "timestep", "request", "table"),
-    "step": ("input", "constant", "timestep", "request", "table", "buffer", "history"),
+    "step": ("input", "constant", "timestep", "request", "table", "buffer", "history", "output"),
 }
 WRITES = {
     "timestep": ("timestep",),
@@ -227,7 +227,7 @@ def _check_call(engine: EngineSpec, call: Call, at: str, places: Mapping[Ref, Va
 
 def _check_writes(calls: tuple[Call, ...], program: str, before: set[Ref], rule: str) -> set[Ref]:
     """What these calls write: each place once, and none of their own kinds after it was read."""
-    kinds = ("buffer",) if rule.startswith("buffers") else ("timestep", "request", "table")
+    kinds = ("buffer", "output") if rule.startswith("buffers") else ("timestep", "request", "table")
     written: set[Ref] = set()
     for index, call in enumerate(calls):
         at = f"{program}, call {index}"

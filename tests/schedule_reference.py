@@ -40,6 +40,7 @@ from dcc.ir.schedule import (
     delta_units,
     forecast,
     full_schedule,
+    output_unit,
 )
 from dcc.passes import run_passes
 from dcc.preparation import manifest_of, pipeline
@@ -216,11 +217,17 @@ class Denoiser:
         self.final = outputs_of(program.graph)[0]
         self.memories: list[list[Memory]] = [[] for _ in schedule.units]
         places = [index for index, stage in enumerate(self.stages) if stage.kind == "component"]
-        self.runs = {places[unit.first]: number for number, unit in enumerate(schedule.units)}
+        self.runs = {self._start(unit, places): number for number, unit in enumerate(schedule.units)}
         self.ends = [self._end(unit, places) for unit in schedule.units]
+
+    @staticmethod
+    def _start(unit: Unit, places: Sequence[int]) -> int:
+        return 0 if unit.stores is Stores.OUTPUT else places[unit.first]
 
     def _end(self, unit: Unit, places: Sequence[int]) -> int:
         """The stage after the unit: behind the residual adds of its last component, for a delta."""
+        if unit.stores is Stores.OUTPUT:
+            return len(self.stages)
         first, following = places[unit.last] + 1, [*places, len(self.stages)][unit.last + 1]
         if unit.stores is Stores.DELTA:
             for index in range(first, following):
@@ -344,11 +351,11 @@ def schedules(draw: st.DrawFn, names: tuple[str, ...], calls: int) -> Schedule:
     """Any schedule: random units, actions with random weights near one in sum, and modes."""
     starts = [0, *(index for index in range(1, len(names)) if draw(st.booleans()))]
     units = [
-        Unit(
-            unit.name, unit.first, unit.last, draw(st.sampled_from(Stores)) if unit.first == unit.last else unit.stores
-        )
+        replace(unit, stores=draw(st.sampled_from([Stores.BRANCH, Stores.DELTA]))) if unit.first == unit.last else unit
         for unit in delta_units(names, starts)
     ]
+    whole = len(units) == 1 and draw(st.booleans())
+    units = [*output_unit(names)] if whole else units
     modes: list[GuidanceMode] = []
     for _ in range(calls):
         known = sum(mode.kind == "both" for mode in modes)
@@ -362,7 +369,11 @@ def schedules(draw: st.DrawFn, names: tuple[str, ...], calls: int) -> Schedule:
                 action.computes and (mode.kind == "both" or modes[call].kind != "both")
                 for action, mode in zip(column, modes, strict=False)
             )
-            kinds = [COMPUTE, *([REUSE, forecast(draw(weights(valid)))] if valid else []), *([SKIP] if call else [])]
+            kinds = [
+                COMPUTE,
+                *([REUSE, forecast(draw(weights(valid)))] if valid else []),
+                *([SKIP] if call and not whole else []),
+            ]
             column.append(draw(st.sampled_from(kinds)))
         columns.append(column)
     return Schedule(names, tuple(units), tuple(zip(*columns, strict=True)), tuple(modes))

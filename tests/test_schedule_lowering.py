@@ -30,6 +30,7 @@ from dcc.ir.schedule import (
     delta_units,
     from_steps,
     full_schedule,
+    output_unit,
 )
 
 FAMILIES = ("dit", "diffusers_dit", "pixart", "sd3", "sd35", "flux", "uvit", "wan")
@@ -98,6 +99,7 @@ SCHEDULES: dict[str, Callable[[Names, int], Schedule]] = {
         names, branch_units(names), every(3, names, calls, 2), 1
     ),
     "mixed": lambda names, calls: from_steps(names, mixed_units(names), every(2, mixed_units(names), calls, 1), 1),
+    "output": lambda names, calls: from_steps(names, output_unit(names), every(2, "x", calls), 1, MODES[:calls]),
     "skip": skipping,
     "skipped spans": skipped_spans,
     "modes": with_modes,

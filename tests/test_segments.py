@@ -86,8 +86,10 @@ def test_equal_columns_merge_and_unequal_ones_do_not() -> None:
     calls = divided(CHAIN, Schedule(NAMES, branch_units(NAMES), tuple(rows)))
     heavy = [names_of(part) for part in calls[0] if weights_of(CHAIN, part)]
     assert heavy == [
-        ["embed", "body.0", "residual", "body.1", "residual.1"], ["body.2", "residual.2", "body.3"], ["head"],
-    ]  # fmt: skip
+        ["embed", "body.0", "residual", "body.1", "residual.1"],
+        ["body.2", "residual.2", "body.3", "residual.3"],
+        ["head"],
+    ]
 
 
 def test_light_engines_are_shared_wherever_they_do_the_same() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_reference import Subject, chain, schedules, sketch_subject, subject, write
+from schedule_reference import Subject, chain, schedules, subject, write
 
 from dcc.exports.compose import StoredWeights
 from dcc.exports.step_plan import StepPlan, StepPlanner
-from dcc.exports.templates import OnnxTemplate, export_templates
+from dcc.exports.templates import OnnxTemplate
 from dcc.exports.unroll import Kept, Operation, unroll
 from dcc.ir.graph import dtype_of, shape_of
 from dcc.ir.program import Program
@@ -37,25 +37,30 @@ from dcc.runtime.plan import Call, Plan, Ref, WeightSpec
 MODES = (BOTH, CONDITIONAL, GuidanceMode("reuse", (1.0,)), BOTH, BOTH, GuidanceMode("reuse", (1.5, -0.5)))
 
 
-@pytest.fixture(scope="module")
-def small() -> Subject:
-    return sketch_subject(chain(4))
+PROGRAM = chain(4)
 
 
-@pytest.fixture(scope="module")
-def planner(small: Subject) -> StepPlanner:
-    return planner_of(small.program, small.templates)
-
-
-def planner_of(program: Program, templates: dict[str, OnnxTemplate] | object) -> StepPlanner:
-    """A planner whose weights lie nowhere."""
-    found = dict(templates)  # type: ignore[call-overload]
+def planner_of(program: Program) -> StepPlanner:
+    """A planner with empty engines, whose weights lie nowhere: what is planned does not depend on either."""
     specs = {
-        (name, transposed): WeightSpec(name, "float32", tuple(tensor.shape), "weights.bin", 0, tensor.nbytes)
+        (name, False): WeightSpec(name, "float32", tuple(tensor.shape), "weights.bin", 0, tensor.nbytes)
         for name, tensor in program.weights.items()
-        for transposed in (False, True)
     }
-    return StepPlanner(program, found, StoredWeights(specs, 0))
+    templates = {
+        stage.template: OnnxTemplate(
+            (), (),
+            tuple(f"p{index}" for index, _ in enumerate(stage.inputs)),
+            tuple(f"w{index}" for index, _ in enumerate(stage.weights)),
+            tuple(f"o{index}" for index, _ in enumerate(stage.outputs)),
+            frozenset(),
+        )
+        for stage in program.stages
+    }  # fmt: skip
+    return StepPlanner(program, templates, StoredWeights(specs, 0))
+
+
+PLANNER = planner_of(PROGRAM)
+NAMES, CALLS = PROGRAM.components, PROGRAM.calls
 
 
 def out_of_phase(names: tuple[str, ...], calls: int, order: int = 1) -> Schedule:
@@ -80,44 +85,38 @@ def most_live(calls: list[list[Operation]]) -> Counter[object]:
     return most
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_histories_are_as_many_as_values_live_at_once(
-    small: Subject, planner: StepPlanner, data: st.DataObject
-) -> None:
-    names, calls = small.program.components, small.program.calls
-    schedule = data.draw(schedules(names, calls))
+def test_histories_are_as_many_as_values_live_at_once(data: st.DataObject) -> None:
+    schedule = data.draw(schedules(NAMES, CALLS))
     for finest in (False, True):
-        step = planner.plan(schedule, finest)
+        step = PLANNER.plan(schedule, finest)
         places = Counter((place.dtype, place.shape) for place in step.histories)
-        assert places == most_live(unroll(small.program, schedule))
+        assert places == most_live(unroll(PROGRAM, schedule))
 
 
-def test_a_place_is_used_again(small: Subject, planner: StepPlanner) -> None:
+def test_a_place_is_used_again() -> None:
     """Reuse needs one value a component, an order-1 forecast two, however many calls there are."""
-    names, calls = small.program.components, small.program.calls
     for order, values in ((0, 1), (1, 2)):
-        for units in (branch_units(names), delta_units(names)):
-            computes = [[call % 2 == 0] * len(units) for call in range(calls)]
-            step = planner.plan(from_steps(names, units, computes, order))
+        for units in (branch_units(NAMES), delta_units(NAMES)):
+            computes = [[call % 2 == 0] * len(units) for call in range(CALLS)]
+            step = PLANNER.plan(from_steps(NAMES, units, computes, order))
             assert len(step.histories) == values * len(units)
-    assert planner.plan(full_schedule(names, calls)).histories == ()
+    assert PLANNER.plan(full_schedule(NAMES, CALLS)).histories == ()
 
 
-def test_equal_calls_share_a_program(small: Subject, planner: StepPlanner) -> None:
-    names, calls = small.program.components, small.program.calls
-    computes = [[call % 3 == 0] * len(names) for call in range(calls)]
-    step = planner.plan(from_steps(names, branch_units(names), computes))
+def test_equal_calls_share_a_program() -> None:
+    computes = [[call % 3 == 0] * len(NAMES) for call in range(CALLS)]
+    step = PLANNER.plan(from_steps(NAMES, branch_units(NAMES), computes))
     assert step.order == (0, 1, 1, 0, 1, 1)
     assert len(step.programs) == 2
-    assert planner.plan(full_schedule(names, calls)).order == (0,) * calls
-    assert planner.plan(None).order == ()
+    assert PLANNER.plan(full_schedule(NAMES, CALLS)).order == (0,) * CALLS
+    assert PLANNER.plan(None).order == ()
 
 
-def test_weights_of_combinations_are_constants(small: Subject, planner: StepPlanner) -> None:
-    names, calls = small.program.components, small.program.calls
-    computes = [[call % 2 == 0] for call in range(calls)]
-    step = planner.plan(from_steps(names, delta_units(names), computes, 1))
+def test_weights_of_combinations_are_constants() -> None:
+    computes = [[call % 2 == 0] for call in range(CALLS)]
+    step = PLANNER.plan(from_steps(NAMES, delta_units(NAMES), computes, 1))
     assert {name: value.tolist() for name, value in step.scalars.items()} == {
         "weight.1.5.float32": [1.5], "weight.-0.5.float32": [-0.5],
     }  # fmt: skip
@@ -125,27 +124,25 @@ def test_weights_of_combinations_are_constants(small: Subject, planner: StepPlan
     assert read == set(step.scalars)
 
 
-def test_guidance_is_told_where_it_is_not_always_both(small: Subject, planner: StepPlanner) -> None:
-    names, calls = small.program.components, small.program.calls
-    assert planner.plan(full_schedule(names, calls)).guidance == ()
-    told = planner.plan(out_of_phase(names, calls)).guidance
+def test_guidance_is_told_where_it_is_not_always_both() -> None:
+    assert PLANNER.plan(full_schedule(NAMES, CALLS)).guidance == ()
+    told = PLANNER.plan(out_of_phase(NAMES, CALLS)).guidance
     assert [(entry.mode, entry.weights) for entry in told] == [(mode.kind, mode.weights) for mode in MODES]
 
 
-def test_the_finest_engines_do_not_depend_on_the_schedule(small: Subject, planner: StepPlanner) -> None:
-    names, calls = small.program.components, small.program.calls
+def test_the_finest_engines_do_not_depend_on_the_schedule() -> None:
     plans = [
-        planner.plan(schedule, finest=True)
+        PLANNER.plan(schedule, finest=True)
         for schedule in (
             None,
-            full_schedule(names, calls),
-            out_of_phase(names, calls, 0),
-            from_steps(names, delta_units(names, (0, 2)), [[call % 2 == 0, call % 3 == 0] for call in range(calls)], 1),
+            full_schedule(NAMES, CALLS),
+            out_of_phase(NAMES, CALLS, 0),
+            from_steps(NAMES, delta_units(NAMES, (0, 2)), [[call % 2 == 0, call % 3 == 0] for call in range(CALLS)], 1),
         )
     ]
     with_weights = [{key for key, engine in plan.engines.items() if engine.weights} for plan in plans]
     assert with_weights[0] == with_weights[1] == with_weights[2] == with_weights[3]
-    assert len(with_weights[0]) == len(names) + 2
+    assert len(with_weights[0]) == len(NAMES) + 2
     assert all(plans[0].engines[key] is plans[2].engines[key] for key in with_weights[0])
 
 
@@ -153,8 +150,7 @@ def test_memory_between_engines_does_not_grow_with_depth() -> None:
     """The finest plan of a chain needs the stream and a few values beside it."""
     slots = []
     for depth in (3, 7):
-        program = chain(depth)
-        step = planner_of(program, export_templates(program.templates)).plan(None, finest=True)
+        step = planner_of(chain(depth)).plan(None, finest=True)
         slots.append(len({buffer.slot for buffer in step.buffers}))
         assert len(step.buffers) > 2 * depth
     assert slots[0] == slots[1] <= 4
@@ -279,11 +275,10 @@ def test_no_step_allocates(granularity: str, tmp_path: Path) -> None:
     assert max(most) < latent, most
 
 
-def test_step_plan_of_unread_deltas(small: Subject, planner: StepPlanner) -> None:
+def test_step_plan_of_unread_deltas() -> None:
     """The engine of a span gives its delta in every call; where nobody reads it, it goes to a buffer."""
-    names, calls = small.program.components, small.program.calls
-    rows = ((COMPUTE,), (REUSE,), *[(COMPUTE,)] * (calls - 2))
-    step: StepPlan = planner.plan(Schedule(names, delta_units(names), rows))
+    rows = ((COMPUTE,), (REUSE,), *[(COMPUTE,)] * (CALLS - 2))
+    step: StepPlan = PLANNER.plan(Schedule(NAMES, delta_units(NAMES), rows))
     assert len(step.histories) == 1
     kinds = [{ref.kind for call in program for ref in call.outputs} for program in step.programs]
     assert [("history" in kind) for kind in kinds] == [True, False, False]

@@ -108,18 +108,15 @@ def guide(space: Space, genome: Genome, target: Array, random: np.random.Generat
 
 
 def guide_range(space: Space, genome: Genome, target: Array, random: np.random.Generator) -> Genome:
-    """In a range of calls the difference of the halves is renewed every second, third or fourth call only.
+    """In a range of calls both halves run only in every first, second or third call that computes.
 
-    One call at a time gains little: what runs one half leaves no value for a later call that runs both.
+    One call at a time gains little: values of one half are of no use to a later call that runs both.
     """
-    if space.calls > 1:
-        first, end = sorted(random.choice(np.arange(1, space.calls + 1), size=2, replace=False))
-        every = int(random.integers(1, 5))
-        genome.guidance[first:end] = 1 + (random.random() < 0.5)
-        if every > 1:
-            genome.guidance[first + every - 1 : end : every] = 0
-        elif random.random() < 0.5:
-            genome.guidance[first:end] = 0
+    first, end = sorted(random.choice(space.calls + 1, size=2, replace=False))
+    calls = np.arange(first, end)
+    computed = calls[(genome.actions[first:end] == COMPUTES).any(axis=1)]
+    genome.guidance[first:end] = 1 + int(random.random() < 0.5)
+    genome.guidance[computed[:: random.integers(1, 4)]] = 0
     return genome
 
 

@@ -66,10 +66,10 @@ class Classic:
 
 def classics(subject: Subject) -> list[Classic]:
     """The published methods at several settings; those that decline are left out."""
-    passes: list[Any] = [Fora(interval=count) for count in (2, 3, 4, 5)]
-    passes += [TaylorSeer(interval=count, order=1) for count in (2, 3, 4, 5)]
-    passes += [TaylorSeer(interval=count, order=1, stores="delta") for count in (2, 3, 4, 5)]
-    passes += [TaylorSeer(interval=count, order=2, stores="delta") for count in (2, 3, 4)]
+    passes: list[Any] = [Fora(interval=count) for count in (2, 3, 4, 5, 6)]
+    passes += [TaylorSeer(interval=count, order=1) for count in (2, 3, 4, 5, 6)]
+    passes += [TaylorSeer(interval=count, order=1, stores="delta") for count in (2, 3, 4, 5, 6)]
+    passes += [TaylorSeer(interval=count, order=2, stores="delta") for count in (2, 3, 4, 5)]
     passes += [DeltaDit(interval=count) for count in (2, 3)]
     shares = (0.6, 0.5, 0.35, 0.25)
     passes += [SmoothCache(target_share=share) for share in shares]
@@ -151,8 +151,8 @@ def search(
                 prepared.program, Path(work), images=images, held_out_images=min(2 * images, given.max_batch),
                 guidance_scale=None, conditions=conditions, own_process=own_process,
             )  # fmt: skip
-        table = _calibrated(laboratory, folder, target, timer, told)
-        subject = _measured(laboratory, folder, timer)
+        table = calibrated(laboratory, folder, target, timer, told)
+        subject = measured_subject(laboratory, folder, timer)
         evaluator = TrajectoryEvaluator(laboratory, table)
         make: MakeEvaluator = functools.partial(_worker, given, conditions, images, str(folder.resolve()))
         limits = Limits(
@@ -210,8 +210,8 @@ def searched(
 ) -> Iterator[Schedule]:  # fmt: skip
     """For `-O3`: the schedules of a front that keep the requirement on the search's requests, fastest first."""
     quiet: Clock = lambda _: nullcontext()  # noqa: E731
-    table = _calibrated(laboratory, folder, target, quiet, told)
-    subject = _measured(laboratory, folder, quiet)
+    table = calibrated(laboratory, folder, target, quiet, told)
+    subject = measured_subject(laboratory, folder, quiet)
     evaluator = TrajectoryEvaluator(laboratory, table)
 
     def shown(state: Progress) -> None:
@@ -260,7 +260,7 @@ def _workers(
     return ProcessWorkers(make, processes) if ray is None else RayWorkers(make, address=ray)
 
 
-def _calibrated(laboratory: Laboratory, folder: Path, target: str, clock: Clock, told: Told) -> CalibrationTable:
+def calibrated(laboratory: Laboratory, folder: Path, target: str, clock: Clock, told: Told) -> CalibrationTable:
     """The folder's table, or a new one of the laboratory's engines, which is kept there."""
     path = folder / TABLE
     if path.exists():
@@ -277,7 +277,7 @@ def _calibrated(laboratory: Laboratory, folder: Path, target: str, clock: Clock,
     return table
 
 
-def _measured(laboratory: Laboratory, folder: Path, clock: Clock) -> Subject:
+def measured_subject(laboratory: Laboratory, folder: Path, clock: Clock) -> Subject:
     """The Program's subject with measurements, which are kept in the folder."""
     path = folder / MEASURED
     if path.exists():

@@ -22,7 +22,9 @@ DIGITS = 6
 class LossModel:
     """A line through what schedules leave out, and a Gaussian process on the rest.
 
-    The kernel is Matern's with 3/2, its length and noise of greatest marginal likelihood on a small grid.
+    The kernel is exponential, its length and noise of greatest marginal likelihood on a small grid. On the 200
+    evaluations of a digits search its predictions of what came next correlated with what the line left over by 0.42,
+    those of smoother kernels (Matern 3/2, Gaussian) by 0.19 and 0.16.
     """
 
     points: Array  # [count, features]
@@ -81,8 +83,7 @@ class LatencyModel:
 
 
 def _kernel(left: Array, right: Array, length: float) -> Array:
-    ratio = np.sqrt(3) * _distances(left, right) / length
-    return (1 + ratio) * np.exp(-ratio)
+    return np.exp(-_distances(left, right) / length)
 
 
 def _distances(left: Array, right: Array) -> Array:

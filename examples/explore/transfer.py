@@ -97,7 +97,7 @@ def other_resolution(folder: Path) -> str:
 
     The digits DiT was trained with one table of 8 by 8 positions, so its samples of any other size mean nothing.
     """
-    small, large = (DiT(DiTConfig(size, 2, 1, 32, 2, 4, num_classes=10, learn_sigma=False)) for size in (8, 12))
+    small, large = (DiT(DiTConfig(size, 2, 1, 32, 1, 4, num_classes=10, learn_sigma=False)) for size in (8, 12))
     for parameter in small.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     table = large.state_dict()["pos_embed"]
