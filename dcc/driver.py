@@ -101,7 +101,7 @@ def compile(
     DccError of the stage that failed, QualityError where the requirement is missed.
     """
     _check_options(target, opt_level, granularity, max_batch, guidance)
-    _check_schedule_options(opt_level, require, schedule, pick, budget, images, max_batch)
+    _check_schedule_options(opt_level, require, schedule, pick, budget, images)
     clock = StageClock(progress)
     destination = Path(output)
     _check_destination(destination)
@@ -128,7 +128,7 @@ def compile(
             with tempfile.TemporaryDirectory(prefix="dcc-", ignore_cleanup_errors=True) as folder:
                 chosen = choose(
                     prepared, Path(folder), opt_level=opt_level, require=require, schedule=schedule, pick=pick,
-                    budget=budget, images=images, conditions=conditions, target=target, own_process=own_process,
+                    budget=budget, images=min(images, max_batch), conditions=conditions, target=target, own_process=own_process,
                     clock=clock, told=progress,
                 )  # fmt: skip
             program.schedule = chosen.schedule
@@ -173,7 +173,7 @@ def _check_options(target: str, opt_level: int, granularity: str, max_batch: int
 
 
 def _check_schedule_options(
-    opt_level: int, require: str | None, schedule: Any, pick: str | None, budget: int, images: int, max_batch: int
+    opt_level: int, require: str | None, schedule: Any, pick: str | None, budget: int, images: int
 ) -> None:
     if schedule is not None and opt_level >= 2:
         raise UsageError("a schedule is given, and -O2 and -O3 choose one", next="leave out one of them")
@@ -183,9 +183,9 @@ def _check_schedule_options(
         )
     if pick is not None and schedule is None:
         raise UsageError("--pick chooses from a front", got=pick, next="--schedule front.json")
-    if budget < 1 or not 1 <= images <= max_batch:
-        got, want = f"budget {budget}, {images} images", f"budget 1 or more, 1 to {max_batch} images"
-        raise UsageError("the options of the search are out of range", got=got, want=want)
+    if budget < 1 or images < 1:
+        got = f"budget {budget}, {images} images"
+        raise UsageError("the options of the search are out of range", got=got, want="1 or more of each")
     if require is not None:
         from dcc.search.requirement import Requirement
 

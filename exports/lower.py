@@ -19,7 +19,7 @@ from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.compose import StoredWeights, compose, port_name, port_spec
 from dcc.exports.step_plan import StepPlan, StepPlanner
 from dcc.exports.templates import OnnxTemplate, export_templates
-from dcc.exports.unroll import EARLY, Operation, step_stages, unroll
+from dcc.exports.unroll import EARLY, Operation, Value, step_stages, unroll
 from dcc.ir.graph import dtype_of, outputs_of, shape_of
 from dcc.ir.interpret import run_stage
 from dcc.ir.program import Program, Role, Scope, Stage
@@ -135,7 +135,9 @@ def _ports(stages: Sequence[Stage]) -> tuple[PortSpec, ...]:
 def _early_calls(lowering: _Lowering, scope: Scope, stages: Sequence[Stage]) -> tuple[Call, ...]:
     calls = []
     for stage in stages:
-        specs = [{node: port_spec(node) for node in nodes} for nodes in (stage.inputs, stage.outputs)]
+        specs: list[dict[Value, TensorSpec]] = [
+            {node: port_spec(node) for node in nodes} for nodes in (stage.inputs, stage.outputs)
+        ]
         operation = Operation("stage", stage.inputs, stage.outputs, stage.name)
         model, used = compose(
             stage.name, [operation], {stage.name: stage}, lowering.templates, specs[0], specs[1], lowering.stored

@@ -143,7 +143,7 @@ def _light_after(call: Sequence[Operation], is_heavy: IsHeavy) -> dict[str, list
 
 
 def _parts(
-    call: Sequence[Operation], is_heavy, joined: Mapping[str, str], tails: Mapping[str, int], lead: bool
+    call: Sequence[Operation], is_heavy: IsHeavy, joined: Mapping[str, str], tails: Mapping[str, int], lead: bool
 ) -> list[list[Operation]]:
     parts: list[list[Operation]] = []
     last = ""
@@ -168,7 +168,9 @@ def _parts(
     return parts
 
 
-def _finest_runs(work: Sequence[list[Operation]], stages: Mapping[str, Stage], is_heavy) -> list[list[list[Operation]]]:
+def _finest_runs(
+    work: Sequence[list[Operation]], stages: Mapping[str, Stage], is_heavy: IsHeavy
+) -> list[list[list[Operation]]]:
     """Each heavy stage with the light stages that follow it in the program."""
     tails: dict[str, set[str]] = {}
     owner = ""

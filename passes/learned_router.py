@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ LOGIT_LIMIT = 5.0
 PROBES = 24  # calls whose image error is measured; those between are interpolated
 SMALLEST = 1e-30
 SMALLEST_REST = 0.025  # of 1 - r, which both gradients are divided by
+CONTEXT = 10.0  # how far the router's run may move a call's image error from that of an exact run
 LARGEST_SHIFT = 0.3  # of all logits in one iteration
 
 Branches = tuple[Tensor, ...]
@@ -71,7 +73,7 @@ class LearnedRouter:
     iterations     trajectories to train on; `seconds` ends the training before that, 0 never
     images         in a batch
     tau            a component is computed where sigmoid(logit) is above
-    refresh        iterations between two measurements of the image error, which are averaged; 0 measures it once
+    refresh        iterations between two measurements of the image error in the router's run; 0: on exact runs alone
     image_error    False: all calls weigh the same
     ramp           the part of the iterations in which the share falls from 1 to target_share
     credit         how many calls back a reused branch credits the call that computed it; 0 is the paper's
@@ -188,7 +190,7 @@ class _Trainer:
         self.logits[0] = LOGIT_LIMIT
         self.momentum = torch.zeros(self.shape)
         self.weights = torch.ones(subject.calls)
-        self.measured = 0
+        self.gains: Tensor | None = None
 
     def run(self) -> Training:
         options = self.options
@@ -199,10 +201,11 @@ class _Trainer:
             if options.seconds and errors and time.monotonic() - began > options.seconds:
                 break
             batch = Batch.draw(self.program, options, self.generator)
-            if options.image_error and (not self.measured or (options.refresh and iteration % options.refresh == 0)):
-                self._weigh(batch)
             share = self._share(iteration)
             computes = self._computes(share)
+            due = self.gains is None or (options.refresh and iteration % options.refresh == 0)
+            if options.image_error and due:
+                self._weigh(batch, computes)
             pressure, error = self._walk(batch, computes)
             self._step(pressure, share, iteration)
             errors.append(error)
@@ -221,12 +224,14 @@ class _Trainer:
             return self.logits > _logit(self.options.tau)
         return highest(self.logits, self.subject, share)
 
-    def _weigh(self, batch: Batch) -> None:
-        """Average the image error of this batch into the calls' weights, whose mean is 1 after the first call."""
-        gains = image_gains(batch)
-        gains = gains / gains[1:].mean()
-        self.weights = (self.weights * self.measured + gains) / (self.measured + 1)
-        self.measured += 1
+    def _weigh(self, batch: Batch, computes: Tensor) -> None:
+        """Measure the image error of each call: on exact runs at first, then beside the router's own run."""
+        if self.gains is None:
+            self.gains = image_gains(batch)
+            self.weights = self.gains
+        else:
+            measured = router_gains(batch, computes.tolist(), self.gains)
+            self.weights = (self.weights.log() / 2 + measured.log() / 2).exp()
 
     def _walk(self, batch: Batch, computes: Tensor) -> tuple[Tensor, float]:
         """What the error loses if a component is computed a little more, `[calls, components]`, and the error."""
@@ -430,7 +435,8 @@ def image_gains(batch: Batch) -> Tensor:
     calls = len(batch.table.calls)
     count = min(calls - 1, PROBES)
     probes = sorted({1 + round(index * (calls - 2) / max(1, count - 1)) for index in range(count)})
-    registers, slots = batch.start(), []
+    registers = batch.start()
+    slots: list[Any] = []
     everything: list[list[bool]] = [[True] * len(batch.program.components)] * calls
     wrong: list[tuple[int, float, Tensor]] = []
     for call in range(calls):
@@ -447,6 +453,38 @@ def image_gains(batch: Batch) -> Tensor:
         for call, error, final in wrong
     }
     return torch.tensor([_between(ratios, probes, call) for call in range(calls)]).exp()
+
+
+def router_gains(batch: Batch, computes: Sequence[Sequence[bool]], gains: Tensor) -> Tensor:
+    """By call: what the final sample's squared error gains over that of the output, if the call computes everything.
+
+    The router decides the other calls. A call that computes everything, or is not measured, keeps its `gains`; others
+    stay within a factor CONTEXT of it: near a sample without an error the difference says nothing.
+    """
+    calls = len(computes)
+    everything = [True] * len(computes[0])
+    exact = batch.simulate([everything] * calls)
+    reusing = [call for call in range(1, calls) if not all(computes[call])]
+    probes = {reusing[index * len(reusing) // min(len(reusing), PROBES)] for index in range(min(len(reusing), PROBES))}
+    registers = batch.start()
+    slots: list[Any] = []
+    found: list[tuple[int, float, Tensor]] = []
+    for call in range(calls):
+        output, after = batch.routed(call, registers[0], slots, computes[call])
+        if call in probes:
+            wanted, fresh = batch.exact(call, registers[0])
+            moved = batch.advance(call, registers, wanted)
+            final = batch.simulate(computes, call + 1, moved, fresh)
+            found.append((call, float((output - wanted).square().mean()), final))
+        slots = after
+        registers = batch.advance(call, registers, output)
+    error = float((registers[0] - exact).square().mean())
+    result = gains.clone()
+    for call, step_error, final in found:
+        gained = (error - float((final - exact).square().mean())) / max(step_error, SMALLEST)
+        base = float(gains[call])
+        result[call] = min(max(gained, base / CONTEXT), base * CONTEXT)
+    return result
 
 
 def _between(values: Mapping[int, float], known: Sequence[int], call: int) -> float:

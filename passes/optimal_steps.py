@@ -113,11 +113,12 @@ def _errors(products: Array, history: Sequence[int], later: Array) -> Array:
     """Mean squared errors of the best forecasts of calls `later` from those in `history`."""
     if not len(later):
         return np.zeros(0)
-    gram = products[np.ix_(history, history)]
+    rows = np.array(history)
+    gram = products[np.ix_(rows, rows)]
     gram = gram + RIDGE * 1e-3 * np.trace(gram) / len(history) * np.eye(len(history))
-    right = products[np.ix_(history, later)]
+    right = products[np.ix_(rows, later)]
     weights = np.linalg.solve(gram, right)
-    explained = 2 * (weights * right).sum(axis=0) - (weights * (products[np.ix_(history, history)] @ weights)).sum(
+    explained = 2 * (weights * right).sum(axis=0) - (weights * (products[np.ix_(rows, rows)] @ weights)).sum(
         axis=0
     )
     return np.maximum(products[later, later] - explained, 0.0)

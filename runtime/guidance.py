@@ -34,7 +34,7 @@ class Halves:
         depth = max((len(mode.weights) for mode in self.modes), default=0)
         shape = (count, *space.output.shape[1:])
         self._ring = [np.empty(shape, space.output.dtype)[:, :channels] for _ in range(depth)]
-        self._term = np.empty_like(self._ring[0]) if depth else None
+        self._term: Array = np.empty_like(self._ring[0]) if depth else np.empty(0)
         # How many guided calls there were so far.
         self.known = 0
 

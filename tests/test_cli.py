@@ -244,8 +244,13 @@ def test_bench(dcc: Run, artifact: Path, checkpoint: Path) -> None:
 
 def test_lists(dcc: Run) -> None:
     assert [row["name"] for row in json.loads(dcc("targets", "--json").out)["targets"]] == ["cpu"]
-    names = [row["name"] for row in json.loads(dcc("passes", "--json").out)["passes"]]
+    listed = json.loads(dcc("passes", "--json").out)
+    names = [row["name"] for row in listed["passes"]]
     assert names[0] == "fold-lora" and "hoist-scopes" in names and names[-1] == "cut-stages"
+    assert {"fora", "taylorseer", "optimal-steps"} <= {row["name"] for row in listed["schedules"]}
+    assert all(row["summary"].endswith((".", ":")) for row in (*listed["passes"], *listed["schedules"]))
+    shown = dcc("passes").out
+    assert shown.index("cut-stages") < shown.index("schedule passes") < shown.index("delta-dit")
     assert "flow-euler" in dcc("samplers").out
     assert dcc("--version").out.startswith("dcc 0.")
 

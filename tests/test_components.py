@@ -10,11 +10,11 @@ import torch
 from random_graphs import Sketch, aten, values_of
 from torch import Tensor
 
-from dcc.preparation import pipeline
 from dcc.ir.components import find_components, reads
 from dcc.ir.graph import is_weight
 from dcc.ir.program import Program, Stage
 from dcc.passes import run_passes
+from dcc.preparation import pipeline
 
 # Model: components, kinds of components.
 COUNTS = {

@@ -103,8 +103,8 @@ def test_granularity_and_level_do_not_change_what_is_computed(artifact: Callable
         for granularity, level in (("component", 1), ("step", 1), ("component", 0))
     }
     kinds = {key: [engine.kind for engine in item.plan.engines] for key, item in loaded.items()}
-    assert kinds["component", 0] == ["step"] * 7  # six components with the glue before each, and the last glue
-    assert kinds["component", 1] == ["timestep", "request", "table"] + ["step"] * 7
+    assert kinds["component", 0] == ["step"] * 8  # the first glue, six components with the light stages after, the last
+    assert kinds["component", 1] == ["timestep", "request", "table"] + ["step"] * 8
     assert kinds["step", 1] == ["timestep", "request", "table", "step"]
     outputs = [item.denoise(**example) for item in loaded.values()]
     samples = [item.sample({"y": [1, 2]}, seed=3) for item in loaded.values()]

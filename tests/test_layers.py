@@ -66,12 +66,18 @@ def exports_may(file: str, name: str) -> bool:
     )
 
 
+def search_may(file: str, name: str) -> bool:
+    """Everything but what is above it."""
+    return not below(name, "dcc.commands", "dcc.cli", "dcc.driver", "dcc.compile", "typer", "rich")
+
+
 CONTRACTS: dict[str, tuple[Path, Callable[[str, str], bool]]] = {
     "dcc.runtime": (ROOT / "runtime", runtime_may),
     "dcc.ir": (ROOT / "dcc/ir", ir_may),
     "dcc.passes": (ROOT / "passes", passes_may),
     "dcc.cost_model": (ROOT / "cost_model", cost_model_may),
     "dcc.exports": (ROOT / "exports", exports_may),
+    "dcc.search": (ROOT / "dcc/search", search_may),
 }
 
 
@@ -111,6 +117,10 @@ PLANTED = [
     ("dcc.exports", "lower.py", "from dcc.runtime.loaded import load"),
     ("dcc.exports", "lower.py", "from dcc.passes import EXACT"),
     ("dcc.exports", "lower.py", "import onnxruntime"),
+    ("dcc.passes", "fora.py", "from dcc.passes.taylorseer import TaylorSeer"),
+    ("dcc.passes", "fora.py", "from dcc.search.laboratory import Laboratory"),
+    ("dcc.search", "study.py", "from dcc import compile"),
+    ("dcc.search", "study.py", "from dcc.commands.terminal import say"),
 ]
 
 
@@ -132,6 +142,18 @@ def test_the_package_root_is_light() -> None:
     tree = ast.parse((ROOT / "dcc/__init__.py").read_text())
     plain = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     assert all(standard(name) for name in imports_of(ast.unparse(plain), "dcc"))
+
+
+def test_importing_the_passes_is_cheap() -> None:
+    """They need torch, and nothing else that takes long."""
+    script = (
+        "import sys; import dcc.passes\n"
+        "heavy = {'onnx', 'onnxruntime', 'diffusers', 'pymoo', 'matplotlib', 'ray', 'dcc.search', 'dcc.exports'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert len({step.name for step in dcc.passes.SCHEDULES}) == len(dcc.passes.SCHEDULES) == 10\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", LINKED)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from random_graphs import Sketch, apply, aten, random_inputs
 
-from dcc.preparation import pipeline
 from dcc.ir.graph import is_static, outputs_of, shape_of
 from dcc.ir.interpret import run_graph, run_stages
 from dcc.ir.program import Program
 from dcc.ir.text import program_text
 from dcc.passes import ALWAYS, CUT, EXACT, CutStages, HoistScopes, run_passes
+from dcc.preparation import pipeline
 
 
 def residual(depth: int = 2, gated: bool = True) -> Sketch:

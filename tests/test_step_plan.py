@@ -85,7 +85,7 @@ def most_live(calls: list[list[Operation]]) -> Counter[object]:
     return most
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_histories_are_as_many_as_values_live_at_once(data: st.DataObject) -> None:
     schedule = data.draw(schedules(NAMES, CALLS))

@@ -227,7 +227,7 @@ def test_halves_look_back_to_their_own() -> None:
     assert read == [set(), set(), {0}, {1}, set(), set()]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(PROGRAMS)), st.data())
 def test_every_operation_has_its_inputs_and_a_reader(name: str, data: st.DataObject) -> None:
     """Marked from the output of each call and from nothing else, by brute force over all calls at once."""

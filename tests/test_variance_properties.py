@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from random_graphs import Recipe, lifetimes, random_inputs, recipes, values_of
 from torch.fx import Graph, Node
 
-from dcc.preparation import pipeline
 from dcc.exports.step_plan import assign_slots
 from dcc.ir.dependence import label_scopes
 from dcc.ir.interpret import run_graph, run_stages
 from dcc.ir.program import Program, Scope
 from dcc.passes import ALWAYS, CUT, EXACT, HoistScopes, run_passes
+from dcc.preparation import pipeline
 from dcc.runtime import load
 from dcc.runtime.loaded import LoadedArtifact
 

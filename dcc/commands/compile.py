@@ -58,7 +58,8 @@ def compile_model(
     files = options.lora_files(lora)
     with Stages(verbose) as stages, stdout_reserved():
         stages("importing torch")
-        from dcc.driver import DEFAULT_GUIDANCE_SCALE, compile
+        from dcc.driver import compile
+        from dcc.preparation import DEFAULT_GUIDANCE_SCALE
 
         report = compile(
             model, output=output, target=target, roles=roles or None, arch=arch, sampler=sampler, steps=steps,

@@ -588,7 +588,7 @@ class _Model:
         """The `each` most promising rows of every bin of speed."""
         judged = self.judge(rows)
         hopes = judged.hopes(self.front)
-        kept = []
+        kept: list[Any] = []
         for place in range(len(self.run.bins()) - 1):
             inside = np.flatnonzero((judged.bin == place) & (hopes > -np.inf))
             kept.extend(inside[np.argsort(-hopes[inside], kind="stable")[:each]])

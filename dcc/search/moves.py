@@ -48,7 +48,8 @@ def swap(space: Space, genome: Genome, target: Array, random: np.random.Generato
     if len(calls):
         left = int(random.choice(calls))
         right = left + gap
-        genome.actions[np.ix_([left, right], target)] = genome.actions[np.ix_([right, left], target)]
+        one, other = np.array([left, right]), np.array([right, left])
+        genome.actions[np.ix_(one, target)] = genome.actions[np.ix_(other, target)]
     return genome
 
 
@@ -87,7 +88,7 @@ def reorder(space: Space, genome: Genome, target: Array, random: np.random.Gener
             first -= 1
         while end < space.calls and stale[end]:
             end += 1
-    block = np.ix_(range(first, end), target)
+    block = np.ix_(np.arange(first, end), target)
     order = 1 + random.choice(space.orders)
     genome.actions[block] = np.where(genome.actions[block] == COMPUTES, COMPUTES, order)
     return genome

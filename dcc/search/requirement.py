@@ -58,7 +58,10 @@ class Requirement:
     def function(self) -> Callable[..., Any]:
         """The metric's function. Raises UsageError where it cannot be imported."""
         if self.metric in KNOWN:
-            return {"psnr": psnr, "ssim": ssim, "cosine": cosine, "relative_l2": relative_l2}[self.metric]
+            known: dict[str, Callable[..., Any]] = {
+                "psnr": psnr, "ssim": ssim, "cosine": cosine, "relative_l2": relative_l2,
+            }  # fmt: skip
+            return known[self.metric]
         module, _, name = self.metric.partition(":")
         try:
             found = getattr(importlib.import_module(module), name)
@@ -66,7 +69,7 @@ class Requirement:
             raise UsageError("the metric cannot be imported", at=self.metric, got=error) from error
         if not callable(found):
             raise UsageError("the metric is not a function", at=self.metric, got=type(found).__name__)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def measure(self, samples: Array, exact: Array, data_range: float) -> float:
         """The metric of these samples. Raises UsageError where it has no value for them."""

@@ -144,6 +144,7 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     given = Source(model, **source)
+    images = min(images, given.max_batch)
     prepared = prepare(given, 1, timer)
     with tempfile.TemporaryDirectory(prefix="dcc-search-", ignore_cleanup_errors=True) as work:
         with timer("exporting stages"):
@@ -302,7 +303,7 @@ def report_of(
 ) -> tuple[Front, dict[str, Array]]:
     """The front as measured on held-out requests, beside the classic methods, and a grid of samples for each point."""
     program = laboratory.program
-    identity = {"program": program.hash(), "sampler": sampler_digest(program.sampler)}
+    identity: dict[str, Any] = {"program": program.hash(), "sampler": sampler_digest(program.sampler)}
     exact = replace(full_schedule(program.components, program.calls), **identity)
     wanted = [("search", replace(item.schedule, name=_name(item), **identity), item) for item in thinned(result.front)]
     named = [(item.method, replace(item.schedule, **identity), None) for item in classics(subject)]
@@ -340,7 +341,7 @@ def report_of(
     return front, grids
 
 
-def identity_of(program: Any) -> dict[str, str]:
+def identity_of(program: Any) -> dict[str, Any]:
     return {"program": program.hash(), "sampler": program.sampler.name}
 
 

@@ -182,7 +182,7 @@ class RayWorkers(_Closing):
         self._owned = not ray.is_initialized()
         if self._owned:
             # "auto" would refuse to start a cluster where None does not.
-            where = {} if address == "auto" else {"address": address}
+            where: dict[str, Any] = {} if address == "auto" else {"address": address}
             try:
                 ray.init(**where, log_to_driver=False, logging_level="ERROR", **options)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -78,7 +78,11 @@ def seeds(space: Space = SPACE) -> list[Schedule]:
 
 
 def found_by(
-    folder: Path, options: Options = QUICK, space: Space = SPACE, given: Sequence[Schedule] | None = None, **more: object
+    folder: Path,
+    options: Options = QUICK,
+    space: Space = SPACE,
+    given: Sequence[Schedule] | None = None,
+    **more: object,
 ) -> Result:
     folder.mkdir(exist_ok=True)
     with SerialWorkers(partial(StandIn, space)) as workers, Store(folder / "search.db", {}, options.budget) as store:

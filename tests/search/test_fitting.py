@@ -17,6 +17,7 @@ from dcc.ir.schedule import (
     branch_units,
     from_steps,
     full_schedule,
+    output_unit,
 )
 from dcc.search.fitting import fit_weights
 from dcc.search.laboratory import Laboratory, first_of
@@ -60,12 +61,38 @@ def test_the_samples_are_nearer_to_the_exact_ones(laboratory: Laboratory, calls:
     assert loss(laboratory, fitted(laboratory, schedule)) <= loss(laboratory, schedule)
 
 
-def test_branches_are_fitted_each_for_itself(laboratory: Laboratory) -> None:
+def test_alike_units_share_their_weights(laboratory: Laboratory) -> None:
+    """So that neighbours stay one unit when lowered; what combines other calls has weights of its own."""
     components = laboratory.program.components
-    schedule = from_steps(components, branch_units(components), [[call in (0, 2)] * 4 for call in range(5)])
+    computes = [[call in (0, 1)] * 3 + [call in (0, 3)] for call in range(5)]
+    schedule = from_steps(components, branch_units(components), computes)
     found = fitted(laboratory, schedule)
-    weights = [action.weights for action in found.actions[1]]
-    assert len(set(weights)) == len(components)
+    assert shape(found) == shape(schedule)
+    first, second, third, last = (action.weights for action in found.actions[4])
+    assert first == second == third != last
+    assert first != (1.0,)
+    assert loss(laboratory, found) <= loss(laboratory, schedule)
+
+
+def test_one_number_is_fitted_where_a_call_computes_some_units(laboratory: Laboratory) -> None:
+    """It moves all weights on the line from reuse to the forecast."""
+    components = laboratory.program.components
+    computes = [[call in (0, 1)] * 2 + [True] * 2 for call in range(5)]
+    schedule = from_steps(components, branch_units(components), computes, 1)
+    found = fitted(laboratory, schedule)
+    for call in (2, 3, 4):
+        (before, _, *_), (after, other, *_) = schedule.actions[call], found.actions[call]
+        assert after.weights == other.weights != before.weights
+        assert sum(after.weights) == pytest.approx(1, abs=1e-5)
+    reused = from_steps(components, branch_units(components), computes, 0)
+    assert fitted(laboratory, reused) == reused
+
+
+def test_a_kept_output_is_fitted(laboratory: Laboratory) -> None:
+    components = laboratory.program.components
+    schedule = from_steps(components, output_unit(components), [[call in (0, 1, 3)] for call in range(5)], 1)
+    found = fitted(laboratory, schedule)
+    assert shape(found) == shape(schedule)
     assert loss(laboratory, found) <= loss(laboratory, schedule)
 
 

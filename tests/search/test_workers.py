@@ -1,4 +1,4 @@
-"""Workers: the same results everywhere, clean stops, one error that names the candidate, and a second try for the dead."""
+"""Workers: the same results everywhere, clean stops, one error that names the candidate, a second try for the dead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from dcc.errors import UsageError
 from dcc.ir.schedule import Schedule, branch_units, from_steps, full_schedule
 from dcc.search.store import Evaluation
-from dcc.search.workers import ProcessWorkers, RayWorkers, SearchError, SerialWorkers, Workers
+from dcc.search.workers import ProcessWorkers, SearchError, SerialWorkers, Workers
 
 COMPONENTS = ("a", "b")
 CALLS = 6
