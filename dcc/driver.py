@@ -128,8 +128,8 @@ def compile(
             with tempfile.TemporaryDirectory(prefix="dcc-", ignore_cleanup_errors=True) as folder:
                 chosen = choose(
                     prepared, Path(folder), opt_level=opt_level, require=require, schedule=schedule, pick=pick,
-                    budget=budget, images=min(images, max_batch), conditions=conditions, target=target, own_process=own_process,
-                    clock=clock, told=progress,
+                    budget=budget, images=min(images, max_batch), conditions=conditions, target=target,
+                    own_process=own_process, clock=clock, told=progress,
                 )  # fmt: skip
             program.schedule = chosen.schedule
             program.reports.append(chosen.report)

@@ -38,8 +38,8 @@ class TaylorSeer:
         check_option("interval", self.interval, 2)
         check_option("order", self.order, 0, 2)
         check_option("first_enhance", self.first_enhance, 1)
-        if self.stores not in tuple(Stores):
-            raise UsageError("the option is unknown", at="stores", got=self.stores, want=" or ".join(Stores))
+        if self.stores not in (Stores.BRANCH, Stores.DELTA):
+            raise UsageError("the option is unknown", at="stores", got=self.stores, want="branch or delta")
 
     def propose(self, subject: Subject) -> Schedule:
         """Raises Declined."""

@@ -92,8 +92,7 @@ class OnnxRuntimeBackend:
         # One engine a step is a little faster with memory of its own; several are much faster with common memory.
         self._several = several or sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
         # A step of several engines wakes the threads of each in turn, unless all share one pool.
-        # Once there is a common pool, ONNX Runtime refuses sessions with pools of their own.
-        self._shared_pool = _pool_ready or (own_process and self._several)
+        self._shared_pool = own_process and self._several
         if self._several:
             _share_arena()
         if self._shared_pool:
@@ -115,7 +114,9 @@ class OnnxRuntimeBackend:
     def _create(self, engine: str) -> Any:
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        if self._shared_pool:
+        # Once the process has a common pool, ONNX Runtime refuses sessions with pools of their own.
+        shared = self._shared_pool or _pool_ready
+        if shared:
             options.use_per_session_threads = False
         else:
             options.intra_op_num_threads = self._threads
@@ -125,7 +126,7 @@ class OnnxRuntimeBackend:
             "session.intra_op.spin_duration_us": SPIN_MICROSECONDS["several" if self._several else "one engine"],
             "session.model_external_initializers_file_folder_path": self._artifact.folder,
         }
-        if self._shared_pool:
+        if shared:
             del entries["session.intra_op.spin_duration_us"]
         if self._several:
             entries["session.use_env_allocators"] = "1"

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from compiled import model_of, traced_program, write_artifact
 from hypothesis import settings
 
 from dcc.ir.program import Program
+from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
 # Equal runs on every machine; no data base of earlier failures, no deadline on a busy machine.
 settings.register_profile("dcc", derandomize=True, deadline=None, database=None)
@@ -54,6 +56,17 @@ def seed(request: pytest.FixtureRequest) -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def own_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test gives the whole process one thread pool: ONNX Runtime would refuse the plain sessions of later tests."""
+    make = OnnxRuntimeBackend.__init__
+
+    def without_shared_pool(self: OnnxRuntimeBackend, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments[:3], **{**options, "own_process": False})
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "__init__", without_shared_pool)
 
 
 @pytest.fixture(autouse=True)

@@ -158,7 +158,7 @@ def test_json_holds_the_worth(dcc: Run, schedule_file: Path, schedule: Schedule,
 def test_a_missed_requirement_exits_3(dcc: Run, schedule_file: Path, unchanged: Path) -> None:
     output = unchanged / "a.dcc"
     missed = dcc(*_compile(output), "-O2", "--require", IMPOSSIBLE)
-    assert_refused(missed, 3, "no schedule keeps the requirement", IMPOSSIBLE.replace("100000", "1e+05"))
+    assert_refused(missed, 3, "no schedule keeps the requirement", IMPOSSIBLE)
     given = dcc(*_compile(output), "--schedule", schedule_file, "--require", IMPOSSIBLE)
     assert_refused(given, 3, "the schedule misses the requirement")
 
@@ -188,7 +188,7 @@ def test_a_pick_that_there_is_not(dcc: Run, front_file: Path, unchanged: Path, t
         ("{", "not JSON that can be read"),
         ("{}", "this is not a schedule that can be read"),
         ('{"kind": "dcc schedule"}', "schedule"),
-        ("[1, 0, 1]", "5 calls"),
+        ("[1, 0, 1]", "3 steps"),
         ("\x00\x01", "schedule"),
     ],
 )
@@ -212,7 +212,8 @@ def test_a_steps_mask(dcc: Run, tmp_path: Path) -> None:
     result = dcc(*_compile(tmp_path / "a.dcc"), "--schedule", path, "--json")
     assert result.code == 0, result.err
     found = json.loads(dcc("inspect", tmp_path / "a.dcc", "--json").out)
-    kinds = [step["actions"][0] == "compute" for step in found["schedule"]["steps"]]
+    # The first block is always computed.
+    kinds = [step["actions"][-1] == "compute" for step in found["schedule"]["steps"]]
     assert kinds == [True, False, True, False, True]
 
 
@@ -234,7 +235,6 @@ def test_a_schedule_of_other_steps(dcc: Run, schedule_file: Path, unchanged: Pat
         (("-O2", "--require", "psnr>=x"), "cannot read the requirement"),
         (("-O2", "--require", "sharpness>=3"), "unknown metric"),
         (("-O2", "--require", "relative_l2>=3"), "the wrong way round"),
-        (("-O2", "--images", "5"), "1 to 4 images"),
         (("-O3", "--budget", "0"), "out of range"),
     ],
 )
@@ -351,7 +351,6 @@ def test_search_and_resume(dcc: Run, tmp_path: Path) -> None:
         (("--sampler", "none"), "steps without a sampler"),
         (("--resume",), "there is no search to resume"),
         (("--budget", "0"), "--budget"),
-        (("--images", "5"), "images"),
         (("--target", "abacus"), "unknown target"),
     ],
 )
@@ -381,7 +380,7 @@ def test_calibrate_writes_what_a_compile_predicts_from(
     assert Path(found["table"]) == default_path("cpu") and default_path("cpu").is_relative_to(tmp_path)
     table = CalibrationTable.load(default_path("cpu"))
     assert len(table.measurements) >= found["measurements"] > 0
-    assert {item["rows"] for item in found["engines"]} == {2, 4}
+    assert {item["rows"] for item in found["engines"]} >= {2, 4}
     assert all(item["seconds"] > 0 for item in found["engines"])
     compiled = dcc(*_compile(tmp_path / "a.dcc"), "--schedule", schedule_file, "--json")
     assert compiled.code == 0, compiled.err

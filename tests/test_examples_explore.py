@@ -79,7 +79,7 @@ def test_the_documented_pass_proposes_a_schedule() -> None:
     text = (ROOT / "docs/writing-a-pass.md").read_text()
     block = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class ReuseLast" in block)
     names: dict[str, object] = {"__name__": "documented"}
-    exec(compile(block, "docs/writing-a-pass.md", "exec"), names)
+    exec(compile(block, "docs/writing-a-pass.md", "exec", dont_inherit=True), names)
     made = names["ReuseLast"](left_out=3)  # type: ignore[operator]
     computes = [row[0].computes for row in made.propose(subject()).actions]
     assert computes == [True] * 7 + [False] * 3

@@ -103,7 +103,7 @@ def test_the_limit_counts_every_sampler_call(traced: Callable) -> None:
     assert reasons
     assert all(reason.endswith(": 0 MiB over 7 steps exceed the limit of 0 MiB") for reason in reasons)
     apply(CUT, program)
-    assert {stage.kind for stage in program.stages} == {"request", "glue", "component"}
+    assert {stage.kind for stage in program.stages} == {"request", "glue", "component", "residual"}
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3"])

@@ -51,7 +51,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     components = NAMES[: draw(st.integers(1, len(NAMES)))]
     starts = [0, *(index for index in range(1, len(components)) if draw(st.booleans()))]
     units = [
-        replace(unit, stores=draw(st.sampled_from(Stores))) if unit.first == unit.last else unit
+        replace(unit, stores=draw(st.sampled_from([Stores.BRANCH, Stores.DELTA]))) if unit.first == unit.last else unit
         for unit in delta_units(components, starts)
     ]
     calls = draw(st.integers(1, 6))

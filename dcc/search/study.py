@@ -146,6 +146,8 @@ def search(
     given = Source(model, **source)
     images = min(images, given.max_batch)
     prepared = prepare(given, 1, timer)
+    if prepared.program.sampler is not None and prepared.program.components:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dcc-search-", ignore_cleanup_errors=True) as work:
         with timer("exporting stages"):
             laboratory = Laboratory(
@@ -194,7 +196,7 @@ def run(
     first = seeds(subject) if seeded else []
     identity = {
         "program": program.hash(), "sampler": sampler_digest(program.sampler), "seed": seed, "seeded": seeded,
-        "images": laboratory.search.images, "guidance_scale": laboratory.search.guidance_scale,
+        "images": laboratory.search.images, "guidance": [program.guidance.mode, program.guidance.scale],
         "first": [schedule.digest() for schedule in first],
         "limits": None if limits is None else [limits.latency_ms, limits.psnr, limits.history_bytes],
     }  # fmt: skip

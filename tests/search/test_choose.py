@@ -235,7 +235,6 @@ def test_choosing_needs_a_sampler_and_components(unchanged: Path, opt_level: int
         ({"opt_level": 2, "require": "psnr<=30"}, "the wrong way round"),
         ({"opt_level": 3, "budget": 0}, "out of range"),
         ({"opt_level": 2, "images": 0}, "out of range"),
-        ({"opt_level": 2, "images": 5}, "1 to 4 images"),
     ],
 )
 def test_options_that_disagree(unchanged: Path, options: dict[str, Any], reason: str) -> None:
