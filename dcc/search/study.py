@@ -141,7 +141,6 @@ def search(
         raise UsageError("there is a search in this folder", at=folder, next="--resume, or another -o")
     if resume and not found:
         raise UsageError("there is no search to resume", at=folder, next="leave out --resume to begin one")
-    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     given = Source(model, **source)
     images = min(images, given.max_batch)
