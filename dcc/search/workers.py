@@ -7,6 +7,7 @@ candidate; leaving the context stops what still runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -184,7 +185,7 @@ class RayWorkers(_Closing):
             # "auto" would refuse to start a cluster where None does not.
             where: dict[str, Any] = {} if address == "auto" else {"address": address}
             try:
-                ray.init(**where, log_to_driver=False, logging_level="ERROR", **options)
+                ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise UsageError("the Ray cluster does not answer", at=address, got=_first_line(error)) from error
         self._actor = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
