@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/mypy -p dcc
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)
 	mkdir -p $(OUT)

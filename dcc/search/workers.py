@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from types import TracebackType
 from typing import Any, Protocol
@@ -107,7 +108,7 @@ class ProcessWorkers(_Closing):
         self.slots = slots
         self._make = make
         self._executors: list[ProcessPoolExecutor | None] = [None] * slots
-        self._processes: list[Future[int] | None] = [None] * slots
+        self._alive: list[Connection | None] = [None] * slots  # a process ends when its pipe closes
 
     def __enter__(self) -> ProcessWorkers:
         return self
@@ -137,21 +138,21 @@ class ProcessWorkers(_Closing):
                     yield index, found
 
     def close(self) -> None:
-        for slot, executor in enumerate(self._executors):
+        for slot, (executor, alive) in enumerate(zip(self._executors, self._alive, strict=True)):
             if executor is not None:
-                process = self._processes[slot]
                 executor.shutdown(wait=False, cancel_futures=True)
-                # A worker would finish its candidate first, which may take minutes.
-                if process is not None and process.done() and not process.exception():
-                    _end(process.result())
-            self._executors[slot] = None
+            # A worker would finish its candidate first, which may take minutes; one that still starts sees it as well.
+            if alive is not None:
+                alive.close()
+            self._executors[slot] = self._alive[slot] = None
 
     def _submit(self, slot: int, schedule: Schedule) -> Future[Evaluation]:
         executor = self._executors[slot]
         if executor is None:
-            executor = ProcessPoolExecutor(1, get_context("spawn"), _start, (self._make,))
+            context = get_context("spawn")
+            watched, self._alive[slot] = context.Pipe(duplex=False)
+            executor = ProcessPoolExecutor(1, context, _start, (self._make, watched))
             self._executors[slot] = executor
-            self._processes[slot] = executor.submit(os.getpid)
         return executor.submit(_evaluate, schedule)
 
 
@@ -178,7 +179,7 @@ class RayWorkers(_Closing):
         try:
             import ray
         except ImportError as error:
-            raise UsageError("Ray is not installed", next="pip install 'dcc[ray]'") from error
+            raise UsageError("Ray is not installed", next="pip install 'dcc[dist]'") from error
         self._ray = ray
         self._owned = not ray.is_initialized()
         if self._owned:
@@ -250,22 +251,20 @@ class _Actor:
 _evaluator: Evaluator | BaseException | None = None
 
 
-def _start(make: MakeEvaluator) -> None:
+def _start(make: MakeEvaluator, alive: Connection) -> None:
     """Runs first in each process: the evaluator is made, interrupts are the parent's business."""
     global _evaluator
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     try:
         _evaluator = make()
     except Exception as error:  # noqa: BLE001 - raised again by the first evaluation, where the parent sees it
         _evaluator = error
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work forever."""
-    parent = parent_process()
-    assert parent is not None
-    wait_for([parent.sentinel])
+def _end_with(alive: Connection) -> None:
+    """Ends this process when the search closes its end of the pipe, or is killed: it would wait for work forever."""
+    wait_for([alive])
     os._exit(1)
 
 
@@ -300,9 +299,3 @@ def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
-
-def _end(process: int) -> None:
-    try:
-        os.kill(process, signal.SIGTERM)
-    except ProcessLookupError:
-        return
