@@ -46,8 +46,12 @@ class TrajectoryEvaluator:
 
     def _try(self, schedule: Schedule) -> Evaluation:
         laboratory, requests = self.laboratory, self.laboratory.search
-        used = fit_weights(laboratory, schedule, requests) if self._fit else schedule
-        loss, decibels, _ = laboratory.quality(laboratory.run(used, requests).samples, requests)
+        if self._fit:
+            fit = fit_weights(laboratory, schedule, requests)
+            used, samples = fit.schedule, fit.samples
+        else:
+            used, samples = schedule, laboratory.run(schedule, requests).samples
+        loss, decibels, _ = laboratory.quality(samples, requests)
         if used != schedule and _mixed(schedule):
             # Calls that compute some units and forecast others follow the exact trajectory less well.
             plain, as_given, _ = laboratory.quality(laboratory.run(schedule, requests).samples, requests)

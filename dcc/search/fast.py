@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from dcc.search.fitting import fit_weights
 from dcc.search.laboratory import Laboratory, Requests
 from dcc.search.requirement import Requirement
 
+Array = np.ndarray[Any, np.dtype[Any]]
 ORDER = 1
 MOVES = 6  # evaluations of the local search
 
@@ -115,7 +117,7 @@ class FastSearch:
 
     def _try(self, calls: tuple[int, ...]) -> Tried:
         if calls not in self._tried:
-            subject, laboratory = self._subject, self._laboratory
+            subject = self._subject
             computes = [[call in calls] for call in range(subject.calls)]
             plain = from_steps(subject.components, delta_units(subject.components), computes, ORDER)
             best: Tried | None = None
@@ -123,8 +125,7 @@ class FastSearch:
                 # The form that keeps the output comes second; it is faster, and seldom nearer to the exact samples.
                 if best is not None and not self._requirement.holds(best.value):
                     break
-                schedule = fit_weights(laboratory, form, laboratory.search)
-                item = Tried(calls, schedule, self._worst(schedule))
+                item = self._fitted(calls, form)
                 if best is None or self._requirement.holds(item.value):
                     best = item
             assert best is not None
@@ -133,16 +134,19 @@ class FastSearch:
             self._told(f"{len(calls)} of {subject.calls} calls: {self._requirement.metric} {worst:.2f}")
         return self._tried[calls]
 
-    def _worst(self, schedule: Schedule) -> float:
-        """The metric on the search's requests, and if it holds there the worse of it and that on the others."""
-        laboratory, values = self._laboratory, []
-        for requests in (laboratory.search, self._check):
-            exact = laboratory.exact_trajectory(requests)[-1].astype(np.float32)
-            samples = laboratory.run(schedule, requests).samples
-            values.append(self._requirement.measure(samples, exact, laboratory.data_range))
-            if not self._requirement.holds(values[-1]):
-                break
-        return min(values) if self._requirement.at_least else max(values)
+    def _fitted(self, calls: tuple[int, ...], schedule: Schedule) -> Tried:
+        """Fitted to the search's requests and, if it holds there, worth no more than on the others."""
+        laboratory = self._laboratory
+        fit = fit_weights(laboratory, schedule, laboratory.search)
+        value = self._value(fit.samples, laboratory.search)
+        if self._requirement.holds(value):
+            other = self._value(laboratory.run(fit.schedule, self._check).samples, self._check)
+            value = min(value, other) if self._requirement.at_least else max(value, other)
+        return Tried(calls, fit.schedule, value)
+
+    def _value(self, samples: Array, requests: Requests) -> float:
+        exact = self._laboratory.exact_trajectory(requests)[-1].astype(np.float32)
+        return self._requirement.measure(samples, exact, self._laboratory.data_range)
 
 
 def _evenly(count: int, calls: int) -> tuple[int, ...]:

@@ -41,7 +41,15 @@ class _Parameter:
     write: Callable[[float], None]
 
 
-def fit_weights(laboratory: Laboratory, schedule: Schedule, requests: Requests, ridge: float = RIDGE) -> Schedule:
+@dataclass(frozen=True)
+class Fit:
+    """A schedule with fitted weights, and the samples of its requests under it."""
+
+    schedule: Schedule
+    samples: Array
+
+
+def fit_weights(laboratory: Laboratory, schedule: Schedule, requests: Requests, ridge: float = RIDGE) -> Fit:
     """The schedule with fitted weights: the same calls compute the same units, so it costs the same."""
     told_apart = _told_apart(schedule)
     loaded = laboratory.load(told_apart)
@@ -63,7 +71,8 @@ def fit_weights(laboratory: Laboratory, schedule: Schedule, requests: Requests, 
                 if request.halves.guided and schedule.guidance[call].kind == "reuse":
                     modes[call] = GuidanceMode("reuse", request.halves.modes[call].weights)
             request.advance(call, request.output(call))
-    return replace(schedule, actions=tuple(map(tuple, actions)), guidance=tuple(modes))
+        samples = request.sampler.latent.astype(np.float32)
+    return Fit(replace(schedule, actions=tuple(map(tuple, actions)), guidance=tuple(modes)), samples)
 
 
 def _fit_call(request: Request, call: int, parameters: list[_Parameter], wanted: Array, ridge: float) -> None:

@@ -57,7 +57,9 @@ def main() -> None:
         subject = replace(subject_of(prepared.program), measurements=laboratory.measurements())
         found = {(method, step): step.propose(subject) for method in METHODS for step in METHODS[method][:settings]}
         if options.fit:
-            found = {key: fit_weights(laboratory, schedule, laboratory.search) for key, schedule in found.items()}
+            found = {
+                key: fit_weights(laboratory, schedule, laboratory.search).schedule for key, schedule in found.items()
+            }
         loaded = {str(key): laboratory.load(schedule) for key, schedule in found.items()}
         times = alternate(laboratory, {"exact": laboratory.load(None), **loaded}, laboratory.search)
         plain, rows = PlainSteps(prepared, laboratory, Path(folder)), []

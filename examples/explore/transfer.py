@@ -59,7 +59,9 @@ def main() -> None:
             schedule = read_schedule(options.schedule, program.components, program.calls, pick=picked)
         else:
             program.measurements = home.measurements()
-            schedule = fit_weights(home, OptimalSteps(options.computed).propose(subject_of(program)), home.search)
+            schedule = fit_weights(
+                home, OptimalSteps(options.computed).propose(subject_of(program)), home.search
+            ).schedule
         rows = []
         for steps in (options.steps, *options.to):
             rows += losses(prepared.with_steps(steps), home, schedule, Path(folder) / f"to-{steps}")
@@ -86,8 +88,8 @@ def losses(prepared: Prepared, home: Laboratory, schedule: Schedule, folder: Pat
         moved = schedule if placement == "unchanged" else transfer(schedule, calls, placement=placement)
         share = computed_share(there, moved)
         count = min(calls - 1, round(share * calls))
-        made = psnr(fit_weights(there, OptimalSteps(count).propose(subject), there.search))
-        refitted = psnr(moved if moved is schedule else fit_weights(there, moved, there.search))
+        made = psnr(fit_weights(there, OptimalSteps(count).propose(subject), there.search).schedule)
+        refitted = psnr(moved if moved is schedule else fit_weights(there, moved, there.search).schedule)
         rows.append((calls, placement, share, psnr(moved), refitted, made, made - refitted, plain.at(count, 1.0).psnr))
     return rows
 

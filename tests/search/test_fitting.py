@@ -33,7 +33,7 @@ def loss(laboratory: Laboratory, schedule: Schedule) -> float:
 
 
 def fitted(laboratory: Laboratory, schedule: Schedule) -> Schedule:
-    return fit_weights(laboratory, schedule, laboratory.search)
+    return fit_weights(laboratory, schedule, laboratory.search).schedule
 
 
 def forecasts(laboratory: Laboratory) -> Schedule:
@@ -52,6 +52,12 @@ def test_the_same_calls_compute_the_same_units(laboratory: Laboratory) -> None:
     assert shape(found) == shape(schedule)
     assert found != schedule
     assert (found.units, found.name) == (schedule.units, schedule.name)
+
+
+def test_the_fit_ends_at_the_samples_of_its_schedule(laboratory: Laboratory) -> None:
+    fit = fit_weights(laboratory, forecasts(laboratory), laboratory.search)
+    samples = laboratory.run(fit.schedule, laboratory.search).samples
+    np.testing.assert_allclose(fit.samples, samples, atol=1e-5 * laboratory.data_range)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -136,7 +142,7 @@ def test_a_large_ridge_holds_the_weights(laboratory: Laboratory) -> None:
     schedule = forecasts(laboratory)
 
     def moved(ridge: float) -> float:
-        found = fit_weights(laboratory, schedule, laboratory.search, ridge)
+        found = fit_weights(laboratory, schedule, laboratory.search, ridge).schedule
         pairs = zip(found.actions, schedule.actions, strict=True)
         changes = [
             abs(new - old)
@@ -151,6 +157,6 @@ def test_a_large_ridge_holds_the_weights(laboratory: Laboratory) -> None:
 
 def test_a_fit_follows_its_requests(laboratory: Laboratory) -> None:
     schedule = forecasts(laboratory)
-    one = fit_weights(laboratory, schedule, first_of(laboratory.search, 1))
+    one = fit_weights(laboratory, schedule, first_of(laboratory.search, 1)).schedule
     assert shape(one) == shape(schedule)
     assert one != fitted(laboratory, schedule)
