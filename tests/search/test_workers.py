@@ -197,7 +197,10 @@ def test_ray_on_a_local_cluster(tmp_path: Path) -> None:
     script.write_text(ON_RAY.format(folder=TEST_FOLDER))
     # Actors import this file, which belongs to no package.
     paths = [TEST_FOLDER, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # Ray gives its own processes 30 s to start, which a busy machine may take.
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "RAY_raylet_start_wait_time_s": "120",
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=240
     )
