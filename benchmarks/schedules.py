@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -248,7 +249,7 @@ def main() -> None:
         start = time.perf_counter()
         front = dcc.search(
             MODEL, output=folder, sampler="ddim", steps=options.steps, budget=budget, own_process=True,
-            resume=(folder / "evaluations.sqlite").exists(),
+            resume=(folder / "evaluations.sqlite").exists(), told=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         print(f"search and measuring: {time.perf_counter() - start:.0f} s")
     if front is not None:
