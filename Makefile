@@ -40,6 +40,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cut.py
 	$(BIN)/python benchmarks/hoisting.py
 	$(BIN)/python benchmarks/large.py
+	$(BIN)/python benchmarks/schedules.py --steps 20 -o $(OUT)
+	$(BIN)/python benchmarks/schedules.py --steps 50 -o $(OUT)
+	$(BIN)/python benchmarks/router.py --steps 20
+	$(BIN)/python benchmarks/cost_model.py --images 8 --steps 10
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .

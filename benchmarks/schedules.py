@@ -159,7 +159,7 @@ def hypervolume(steps: int, folder: Path, budget: int, seeds: int) -> None:
     with tempfile.TemporaryDirectory() as work:
         laboratory = Laboratory(prepared.program, Path(work), images=8, held_out_images=8, own_process=True)
         clock = StageClock(lambda _: None)
-        costs = calibrated(laboratory, Path(work), "cpu", clock, lambda _: None)
+        costs = calibrated(laboratory, Path(work), "cpu", clock)
         subject = measured_subject(laboratory, Path(work), clock)
         curves = {}
         for seeded in (True, False):

@@ -1,8 +1,9 @@
 """Seconds of an engine on a target from its data sheet alone, and seconds of a whole generation from those of engines.
 
-An engine's part takes the longer of its arithmetic at the target's peak and its traffic at the target's bandwidth,
-every operation adds an overhead, and so does every call. `CalibrationTable` answers the same questions from
-measurements. Source: the roofline model, Williams, Waterman and Patterson, CACM 52(4), 2009.
+An engine's part takes the longer of its arithmetic at the target's rate and its traffic at the target's bandwidth,
+every operation adds an overhead, and so does every call. Compilers for GPUs fuse operations and compute in the dtype
+that was asked for, so a part moves less there. `CalibrationTable` answers the same questions from measurements.
+Source: the roofline model, Williams, Waterman and Patterson, CACM 52(4), 2009.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from dcc.cost_model.targets import Target, target_named, this_machine
+from dcc.cost_model.targets import Figure, Target, dtype_for, element_bytes, target_named, this_machine
 from dcc.cost_model.work import EngineWork, Part, RowWork, Work
 from dcc.errors import UsageError
 
@@ -97,44 +98,98 @@ def predict(loop: LoopWork, model: CostModel) -> Prediction:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A target's figures: FLOPs and bytes a second, seconds of overhead for an operation and for an engine call."""
+    """A target's figures: FLOPs and bytes a second, seconds of overhead for an operation and for an engine call.
+
+    `pointwise_per_second` is the rate of what no matrix product does, where it differs. An element of an engine has
+    `element_bytes`; `fused` says that the backend fuses operations. `figures` are what the rates were made from.
+    """
 
     flops_per_second: float
     bytes_per_second: float
     operation_seconds: float
     call_seconds: float
+    pointwise_per_second: float | None = None
+    element_bytes: int = 4
+    fused: bool = False
+    figures: tuple[Figure, ...] = field(default=(), repr=False, compare=False)
 
     @staticmethod
-    def of(target: str | Target, dtype: str = "float32", processors: int | None = None) -> Roofline:
-        """The figures of the target for this many processors, by default those that this process may use.
+    def of(target: str | Target, dtype: str | None = None, processors: int | None = None) -> Roofline:
+        """The figures of the target in the dtype, by default its own.
 
-        Raises UsageError for a target without figures for the dtype.
+        Where they are figures of one processor: for this many, by default those that this process may use. Raises
+        UsageError for a target without figures for the dtype.
         """
         given = target_named(target) if isinstance(target, str) else target
-        figures = {item.name: item.value for item in given.figures}
+        kind = dtype_for(given, dtype)
         count = int(this_machine()["usable_processors"] or 1) if processors is None else processors
-        wanted = (f"{dtype}_flops", "bandwidth", "operation_overhead", "call_overhead")
-        missing = [name for name in wanted if not isinstance(figures.get(name), int | float)]
-        if missing:
-            raise UsageError(
-                f"the target '{given.name}' has no figure {missing[0]}", got=dtype, want=figures.get("dtypes")
-            )
-        peak, bandwidth, operation, call = (float(figures[name]) for name in wanted)
-        return Roofline(peak * count, bandwidth, operation, call)
+        used: list[Figure] = []
+
+        def rate(name: str) -> float:
+            found = given.figure(name)
+            if found is None or isinstance(found.value, str):
+                raise UsageError(f"the target '{given.name}' has no figure {name}", want=f"{name}, a number")
+            used.append(found)
+            return float(found.value) * (count if found.unit.endswith("per processor") else 1)
+
+        def share(name: str) -> float:
+            return rate(name) if given.figure(name) is not None else 1.0
+
+        # Tensor cores compute products; the rest is float32 arithmetic, whatever the dtype.
+        pointwise = rate("float32_flops") if kind != "float32" else None
+        return Roofline(
+            rate(f"{kind}_flops") * share("matrix_efficiency"), rate("bandwidth") * share("bandwidth_efficiency"),
+            rate("operation_overhead"), rate("call_overhead"), pointwise, element_bytes(kind),
+            given.backend.startswith("tensorrt"), tuple(used),
+        )  # fmt: skip
 
     def part_seconds(self, work: Work) -> float:
         """Seconds of one part, without the call."""
-        arithmetic, traffic = work.flops / self.flops_per_second, work.moved_bytes / self.bytes_per_second
-        return max(arithmetic, traffic) + work.operations * self.operation_seconds
+        pointwise = work.pointwise_flops / (self.pointwise_per_second or self.flops_per_second)
+        arithmetic = (work.flops - work.pointwise_flops) / self.flops_per_second + pointwise
+        return max(arithmetic, work.moved_bytes / self.bytes_per_second) + work.operations * self.operation_seconds
 
     def engine_seconds(self, engine: EngineWork, rows: int) -> float:
-        return self.call_seconds + sum(self.part_seconds(part.work.at(rows)) for part in engine.parts)
+        counted = (part.fused if self.fused else part.work for part in engine.parts)
+        works = (work.at(rows).with_elements_of(self.element_bytes) for work in counted)
+        return self.call_seconds + sum(self.part_seconds(work) for work in works)
 
     def host_seconds(self, part: Part, images: int) -> float:
+        """The latent and the sampler's arithmetic keep their dtype, whatever the engines compute in."""
         return self.part_seconds(part.work.at(images))
 
     def is_measured(self, engine: EngineWork, rows: int) -> bool:
         return False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerationPrediction:
+    """Seconds of a generation of `images` images on a target in a dtype, and what they rest on.
+
+    `sheet` is None where they rest on a calibration of the target.
+    """
+
+    target: str
+    chip: str
+    dtype: str
+    images: int
+    prediction: Prediction
+    sheet: Roofline | None
+
+    @property
+    def seconds(self) -> float:
+        return self.prediction.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for the report of a compile."""
+        return {
+            "target": self.target, "chip": self.chip, "dtype": self.dtype, "images": self.images,
+            **self.prediction.to_json(), "rests_on": "calibration" if self.sheet is None else "data sheet",
+            "sheet": None if self.sheet is None else self.sheet.to_json(),
+        }  # fmt: skip
 
 
 def call_part(latent_elements: int, table_bytes: int, guided: bool, sampler: str, element_bytes: int = 4) -> Part:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dcc.cost_model.targets import target_named
+from dcc.cost_model.targets import compilable
 from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import GRANULARITIES, lower
@@ -160,7 +160,7 @@ def compile(
 
 
 def _check_options(target: str, opt_level: int, granularity: str, max_batch: int, guidance: str) -> None:
-    target_named(target)
+    compilable(target)
     if opt_level not in OPT_LEVELS:
         want = "0 (trace and lower), 1 (exact passes), 2 (calibrated schedule) or 3 (search)"
         raise UsageError(f"unknown optimisation level {opt_level}", want=want)

@@ -35,9 +35,14 @@ def typical_range(reference: Array) -> float:
 
 
 def psnr(got: Array, wanted: Array, data_range: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal arrays. The range is the reference's unless given."""
+    """Peak signal-to-noise ratio in dB; infinite for equal arrays, minus infinity where a difference is.
+
+    The range is the reference's unless given.
+    """
     error = float(np.mean((_wide(got) - _wide(wanted)) ** 2))
     peak = value_range(wanted) if data_range is None else data_range
+    if math.isinf(error):
+        return -math.inf
     return math.inf if error == 0.0 else 10.0 * math.log10(peak**2 / error)
 
 

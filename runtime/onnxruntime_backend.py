@@ -88,6 +88,7 @@ class OnnxRuntimeBackend:
         self._low_memory = low_memory
         self._sessions: dict[str, Any] = {}
         self._models: dict[str, bytes] = {}
+        self._light: set[str] = set()
         self._lock = threading.Lock()
         # One engine a step is a little faster with memory of its own; several are much faster with common memory.
         self._several = several or sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
@@ -100,9 +101,10 @@ class OnnxRuntimeBackend:
 
     def provide(self, engine: str, model: bytes) -> None:
         """The engine has this model, whose weights lie in the artifact; used where plans are tried out."""
-        self._models[engine] = model.replace(
-            EXTERNAL_LOCATION_PLACEHOLDER.encode("ascii"), external_location(Path(self._artifact.path).name)
-        )
+        placeholder = EXTERNAL_LOCATION_PLACEHOLDER.encode("ascii")
+        if placeholder not in model:
+            self._light.add(engine)
+        self._models[engine] = model.replace(placeholder, external_location(Path(self._artifact.path).name))
 
     def session(self, engine: str) -> Any:
         """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
@@ -119,7 +121,8 @@ class OnnxRuntimeBackend:
         if shared:
             options.use_per_session_threads = False
         else:
-            options.intra_op_num_threads = self._threads
+            # Plans that are tried out bring many engines without weights: pools of their own would fill the process.
+            options.intra_op_num_threads = 1 if engine in self._light else self._threads
             options.inter_op_num_threads = 1
         options.log_severity_level = 3
         entries = {

@@ -243,7 +243,14 @@ def test_bench(dcc: Run, artifact: Path, checkpoint: Path) -> None:
 
 
 def test_lists(dcc: Run) -> None:
-    assert [row["name"] for row in json.loads(dcc("targets", "--json").out)["targets"]] == ["cpu"]
+    targets = {row["name"]: row for row in json.loads(dcc("targets", "--json").out)["targets"]}
+    assert targets["cpu"]["backend"] == "onnxruntime" and targets["a100-80g"]["backend"] == "tensorrt-rtx"
+    assert all(figure["source"] for row in targets.values() for figure in row["figures"])
+    assert "a100-80g, a100" in dcc("targets").out and "312 TFLOP/s" in dcc("targets").out
+    told = dcc("targets", "a100").out
+    assert "TensorRT-RTX builds engines for 8.0 without a GPU" in told and "data sheet" in told
+    assert json.loads(dcc("targets", "sm80", "--json").out)["target"]["name"] == "sm80"
+    assert dcc("targets", "a101").code == 2
     listed = json.loads(dcc("passes", "--json").out)
     names = [row["name"] for row in listed["passes"]]
     assert names[0] == "fold-lora" and "hoist-scopes" in names and names[-1] == "cut-stages"

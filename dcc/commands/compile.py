@@ -112,7 +112,9 @@ def schedule_rows(worth: dict[str, Any] | None) -> list[tuple[str, str]]:
     if worth["predicted_ms"] is not None:
         rows.append(("predicted", f"{worth['predicted_ms']:.0f} ms, {worth['prediction_error']:+.1%} of the measured"))
     if "required" in worth:
-        rows.append(("required", f"{worth['required']['text']}: {worth['required']['value']:.3f}"))
+        value = worth["required"]["value"]
+        figure = ("exact" if worth["required"]["holds"] else "not finite") if value is None else f"{value:.3f}"
+        rows.append(("required", f"{worth['required']['text']}: {figure}"))
     return rows
 
 

@@ -3,23 +3,77 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from dcc.commands.options import JsonOption
 from dcc.commands.terminal import Stages, print_json, print_table, say
 
+if TYPE_CHECKING:
+    from dcc.cost_model.targets import Target
 
-def targets(as_json: JsonOption = False) -> None:
-    """List the targets, and where each of their figures comes from."""
-    from dcc.cost_model.targets import list_targets, this_machine
+
+TargetArgument = Annotated[
+    str | None, typer.Argument(metavar="TARGET", help="A name, sm80, local, or the JSON file of a machine of yours.")
+]
+
+
+def targets(target: TargetArgument = None, as_json: JsonOption = False) -> None:
+    """List the targets, or explain one: its figures, where each comes from, and why it has its backend."""
+    from dcc.cost_model.targets import list_targets, target_named, this_machine
 
     machine = this_machine()
-    if as_json:
-        print_json({"targets": [target.to_json() for target in list_targets()], "machine": machine})
+    if target is not None:
+        found = target_named(target)
+        if as_json:
+            print_json({"target": found.to_json(), "machine": machine})
+        else:
+            _explain(found)
         return
-    for target in list_targets():
-        rows = [(item.name, f"{item.value} {item.unit}".strip(), item.source) for item in target.figures]
-        print_table(f"{target.name}: {target.summary}", ("figure", "value", "source"), rows)
+    if as_json:
+        print_json({"targets": [each.to_json() for each in list_targets()], "machine": machine})
+        return
+    columns = ("name", "chip", "capability", "memory", "bandwidth", "float16, dense", "backend")
+    rows = []
+    for each in list_targets():
+        name = ", ".join((each.name, *each.aliases))
+        capability = "-" if each.capability is None else f"sm{each.capability}"
+        numbers = (_quantity(each, "memory"), _quantity(each, "bandwidth"), _quantity(each, "float16_flops"))
+        rows.append((name, each.chip, capability, *numbers, each.backend))
+    print_table("targets", columns, rows, right="memory bandwidth float16")
+    say("also: local (this machine), sm80 and the like (any GPU of a capability), the path of a JSON file")
+    say("figures and their sources: dcc targets NAME")
     say("this machine: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items()))
+
+
+def _explain(target: Target) -> None:
+    """One target with the source of every figure."""
+    also = f" (also {', '.join(target.aliases)})" if target.aliases else ""
+    say(f"{target.name}{also}: {target.summary}")
+    say(f"backend {target.backend}: {target.reason}")
+    say(f"dtype {target.dtypes[0]} unless another is asked for: {', '.join(target.dtypes)}")
+    shown = [item for item in target.figures if item.name != "backends"]
+    rows = [(item.name, f"{_quantity(target, item.name)}", item.source) for item in shown]
+    print_table("figures", ("figure", "value", "source"), rows)
+
+
+def _quantity(target: Target, name: str) -> str:
+    """The figure in a unit that leaves a few digits before the point; a dash where the target has none."""
+    found = target.figure(name)
+    if found is None:
+        return "-"
+    # Bytes below a million are sizes of pages, which people count in ones; capabilities have no unit.
+    if isinstance(found.value, str) or not found.unit or 1 <= found.value < 1e6:
+        return f"{found.value} {found.unit}".strip()
+    unit, _, rest = found.unit.replace("bytes", "B").partition(" ")
+    if unit == "of":
+        return f"{found.value:.0%} {found.unit}"
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1.0), ("u", 1e-6)):
+        # Memory and bandwidths are known by their billions of bytes, however many.
+        if found.value >= size and not (prefix == "T" and unit.startswith("B")):
+            return f"{found.value / size:.5g} {prefix}{unit} {rest}".strip()
+    return f"{found.value:.3g} {found.unit}"
 
 
 def passes(as_json: JsonOption = False) -> None:

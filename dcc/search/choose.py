@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from dcc.cost_model.roofline import predict
+from dcc.cost_model.roofline import CostModel, GenerationPrediction, Roofline, predict
 from dcc.cost_model.table import CalibrationTable, default_path
+from dcc.cost_model.targets import Target, dtype_for, target_named
 from dcc.errors import QualityError, UsageError
+from dcc.exports.step_plan import StepPlan
 from dcc.exports.templates import OnnxTemplate
 from dcc.frontend.schedules import check_fits, read_schedule
-from dcc.ir.program import PassReport
+from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule
 from dcc.preparation import Clock, Prepared
+from dcc.runtime.loaded import LoadedArtifact
 from dcc.search.assess import PlainSteps, alternate, computed_share, quality_of
 from dcc.search.fast import FastSearch
 from dcc.search.front import Front
@@ -86,10 +89,12 @@ def choose(
     with clock("measuring quality and speed"):
         worth = assess(prepared, laboratory, found, requirement, folder, target)
     quality = worth["quality"]
-    if requirement is not None and not requirement.holds(worth["required"]["value"]):
+    if requirement is not None and not worth["required"]["holds"]:
+        value = worth["required"]["value"]
+        reached = "not a finite number" if value is None else f"{value:.3f}"
         raise QualityError(
             "the schedule misses the requirement on held-out requests", at=found.name or found.digest()[:12],
-            got=f"{requirement.metric} {worth['required']['value']:.3f}", want=str(requirement),
+            got=f"{requirement.metric} {reached}", want=str(requirement),
             next="lower --require, or compile with -O1",
         )  # fmt: skip
     share = worth["computed_share"]
@@ -162,19 +167,50 @@ def assess(
     if requirement is not None:
         reference = laboratory.exact_trajectory(held_out)[-1].astype(np.float32)
         value = requirement.measure(samples, reference, laboratory.data_range)
-        worth["required"] = {"text": str(requirement), "value": value if np.isfinite(value) else 1e9}
+        worth["required"] = {
+            "text": str(requirement), "value": value if np.isfinite(value) else None, "holds": requirement.holds(value),
+        }  # fmt: skip
     return worth
 
 
 def predicted_ms(laboratory: Laboratory, schedule: Schedule | None, target: str) -> float | None:
     """What this machine's calibration table says; None where there is none for the target."""
-    from dcc.calibrate import planned_loop
-
     try:
         table = CalibrationTable.load(default_path(target))
     except UsageError:
         return None
-    requests = laboratory.search
     step = laboratory.plan_of(schedule, finest=False)
-    loop = planned_loop(laboratory.program, step, requests.images, laboratory.guided)
-    return predict(loop, table).seconds * 1e3
+    images, guided = laboratory.search.images, laboratory.guided
+    return predicted_generation(laboratory.program, step, target, images, guided=guided, model=table).seconds * 1e3
+
+
+def predicted_generation(
+    program: Program,
+    plan: StepPlan | LoadedArtifact,
+    target: str | Target,
+    images: int,
+    dtype: str | None = None,
+    *,
+    guided: bool | None = None,
+    model: CostModel | None = None,
+) -> GenerationPrediction:
+    """Seconds of a generation of the plan on a target, which need not be here, and what they rest on.
+
+    `plan` is the step as planned, or an artifact made from the Program. `dtype` is by default the target's own, `model`
+    its data sheet. `guided` says that both halves of guidance run, by default as the Program would have it. Raises
+    UsageError for an unknown target and for a dtype that it lacks.
+    """
+    from dcc.calibrate import engine_contents, loop_work, planned_loop
+
+    if images < 1:
+        raise UsageError("a generation has at least one image", got=images, want="1 or more")
+    given = target_named(target) if isinstance(target, str) else target
+    kind = dtype_for(given, dtype)
+    sheet = Roofline.of(given, kind)
+    both = program.guidance.mode == "cfg" and program.guidance.scale != 1.0 if guided is None else guided
+    if isinstance(plan, StepPlan):
+        loop = planned_loop(program, plan, images, both)
+    else:
+        loop = loop_work(plan, engine_contents(plan.artifact, program), images, both)
+    found = predict(loop, sheet if model is None else model)
+    return GenerationPrediction(given.name, given.chip, kind, images, found, sheet if model is None else None)

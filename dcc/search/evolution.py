@@ -71,6 +71,11 @@ class Limits:
         for limit, predicts in (("latency_ms", self.latency_of), ("history_bytes", self.history_bytes_of)):
             if getattr(self, limit) is not None and predicts is None:
                 raise UsageError(f"a limit of {limit} needs what predicts it", want=f"{limit.split('_ms')[0]}_of")
+        for name, value, least in (("latency", self.latency_ms, 1e-9), ("history", self.history_bytes, 0)):
+            if value is not None and not least <= value < math.inf:
+                raise UsageError(f"the limit of {name} is out of range", got=value, want="a finite number above 0")
+        if self.psnr is not None and not math.isfinite(self.psnr):
+            raise UsageError("the limit of psnr is out of range", got=self.psnr, want="a finite number")
 
     def broken_before(self, schedule: Schedule) -> bool:
         """Whether the schedule is known to break a limit before it is evaluated."""

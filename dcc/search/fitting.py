@@ -58,10 +58,16 @@ def fit_weights(laboratory: Laboratory, schedule: Schedule, requests: Requests, 
     modes = list(schedule.guidance)
     with loaded.request(**laboratory.request_values(loaded, requests)) as request:
         for call in range(request.calls):
-            arrays = {
-                unit: [loaded.constants[scalar_name(value, "float32")] for value in action.weights]
+            named = {
+                unit: [scalar_name(value, "float32") for value in action.weights]
                 for unit, action in enumerate(told_apart.actions[call])
                 if action.weights
+            }
+            # A combination that nothing reads is not lowered: its weights do not matter.
+            arrays = {
+                unit: [loaded.constants[name] for name in names]
+                for unit, names in named.items()
+                if all(name in loaded.constants for name in names)
             }
             parameters = _parameters_of(request, told_apart, call, arrays)
             if parameters:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dcc.conditions import negatives_for, rows_for, with_classes, without_null
+from dcc.conditions import negatives_for, part_of, rows_for, with_classes, without_null
 from dcc.errors import UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.compose import StoredWeights
@@ -93,16 +93,23 @@ class Laboratory:
         self._provided: set[str] = set()
         exact = self.load(None)
         self.search, self.held_out = (
-            self._requests(exact, range(first, first + count), conditions or {}, guidance_scale)
-            for first, count in ((SEARCH_SEED, images), (HELD_OUT_SEED, held_out_images))
+            self._requests(exact, range(first, first + count), conditions or {}, guidance_scale, skipped)
+            for first, count, skipped in ((SEARCH_SEED, images, 0), (HELD_OUT_SEED, held_out_images, images))
         )
         self._exact: dict[tuple[int, ...], list[Array]] = {}
 
     def _requests(
-        self, loaded: LoadedArtifact, seeds: Sequence[int], conditions: Mapping[str, Any], scale: float | None
+        self,
+        loaded: LoadedArtifact,
+        seeds: Sequence[int],
+        conditions: Mapping[str, Any],
+        scale: float | None,
+        skipped: int,
     ) -> Requests:
-        values = rows_for(loaded, with_classes(loaded, conditions, ()), len(seeds))
-        return Requests(tuple(seeds), values, scale)
+        """The rows of the conditions after those skipped, so that other requests have others where there are more."""
+        total = skipped + len(seeds)
+        values = rows_for(loaded, with_classes(loaded, conditions, ()), total)
+        return Requests(tuple(seeds), part_of(loaded, values, np.arange(skipped, total)), scale)
 
     @property
     def guided(self) -> bool:
@@ -216,7 +223,12 @@ class Laboratory:
                 request.advance(call, output)
 
     def measurements(self) -> Measurements:
-        """What calibrated schedules stand on, from the search's requests."""
+        """What calibrated schedules stand on, from the search's requests. Raises UsageError for a single call."""
+        if self.program.calls < 2:
+            raise UsageError(
+                "one sampler call leaves nothing to reuse", at=self.program.name, got="1 sampler call",
+                want="2 or more", next="more --steps, or compile with -O1",
+            )  # fmt: skip
         scale = self.search.guidance_scale
         measured = measure(
             self.features(self.search), self.program.components, first_block=len(blocks_of(self.program)[0]),
@@ -308,10 +320,14 @@ def _stored_weights(program: Program, plan: Plan, templates: Mapping[str, OnnxTe
 
 
 def _observed(program: Program) -> tuple[str, list[str], list[str]]:
-    """Ports to watch: the stream before the first component, each component's result, the stream after each."""
+    """Ports to watch: the stream before the first component, each component's result, the stream after each.
+
+    Of several streams (image and text) the larger one of the first component is followed; where another is added to,
+    or both joined, it is as it was.
+    """
     stages = step_stages(program)
     branches, streams = [], []
-    first = ""
+    first, shape = "", None
     for index, stage in enumerate(stages):
         if stage.kind != "component":
             continue
@@ -319,8 +335,10 @@ def _observed(program: Program) -> tuple[str, list[str], list[str]]:
         after = next((item for item in stages[index + 1 :] if item.kind != "glue"), None)
         if after is not None and after.kind == "residual":
             item = max(after.residuals, key=lambda item: item.add.meta["val"].numel())
-            streams.append(item.add.name)
-            first = first or item.stream.name
+            first, shape = first or item.stream.name, shape or item.add.meta["val"].shape
+        followed = [] if after is None else [item for item in after.residuals if item.add.meta["val"].shape == shape]
+        if followed:
+            streams.append(followed[0].add.name)
         else:
-            streams.append(streams[-1] if streams else stage.outputs[0].name)
+            streams.append(streams[-1] if streams else first or stage.outputs[0].name)
     return first or branches[0], branches, streams

@@ -65,7 +65,7 @@ class Requirement:
         module, _, name = self.metric.partition(":")
         try:
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the module does when it is imported
             raise UsageError("the metric cannot be imported", at=self.metric, got=error) from error
         if not callable(found):
             raise UsageError("the metric is not a function", at=self.metric, got=type(found).__name__)
@@ -74,10 +74,14 @@ class Requirement:
     def measure(self, samples: Array, exact: Array, data_range: float) -> float:
         """The metric of these samples. Raises UsageError where it has no value for them."""
         ranged = self.metric in ("psnr", "ssim")
-        value = self.function()(samples, exact, data_range) if ranged else self.function()(samples, exact)
-        if value is None:
-            raise UsageError(f"{self.metric} has no value for samples of this shape", got=samples.shape)
-        return float(value)
+        function = self.function()
+        try:
+            value = function(samples, exact, data_range) if ranged else function(samples, exact)
+            if value is None:
+                raise ValueError(f"no value for samples of shape {samples.shape}")
+            return float(value)
+        except Exception as error:  # the user's function
+            raise UsageError("the metric has no value", at=self.metric, got=error, want="a number") from error
 
     def holds(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound

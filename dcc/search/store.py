@@ -139,7 +139,9 @@ class Store:
     def _prepare(self) -> None:
         connection = self._connection
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
+        if connection.execute("PRAGMA application_id").fetchone()[0] in (0, APPLICATION):
+            # Only where it is ours or empty: it would change a data base that is then refused.
+            connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("BEGIN IMMEDIATE")
         application = connection.execute("PRAGMA application_id").fetchone()[0]

@@ -7,6 +7,7 @@ measurements and the seeds are kept in the folder beside the store of evaluation
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import numpy as np
 
 from dcc.calibrate import calibrate, engine_contents, new_table
 from dcc.cost_model.table import CalibrationTable
-from dcc.cost_model.targets import target_named
+from dcc.cost_model.targets import compilable
 from dcc.errors import UsageError
 from dcc.ir.measurements import Declined, Measurements, Subject, subject_of
 from dcc.ir.schedule import Schedule, full_schedule
@@ -133,7 +134,7 @@ def search(
     """
     if budget < 1 or images < 1:
         raise UsageError("the options of the search are out of range", got=f"budget {budget}, {images} images")
-    target_named(target)
+    compilable(target)
     timer = StageClock(told)
     folder = Path(output)
     found = (folder / DATABASE).exists()
@@ -153,10 +154,12 @@ def search(
                 prepared.program, Path(work), images=images, held_out_images=min(2 * images, given.max_batch),
                 guidance_scale=None, conditions=conditions, own_process=own_process,
             )  # fmt: skip
-        table = calibrated(laboratory, folder, target, timer, told)
-        subject = measured_subject(laboratory, folder, timer)
+        table = calibrated(laboratory, folder, target, timer, kept=resume)
+        subject = measured_subject(laboratory, folder, timer, kept=resume)
         evaluator = TrajectoryEvaluator(laboratory, table)
-        make: MakeEvaluator = functools.partial(_worker, given, conditions, images, str(folder.resolve()))
+        make: MakeEvaluator = functools.partial(
+            _worker, given, conditions, images, str(folder.resolve()), work
+        )
         limits = Limits(
             max_latency_ms, min_psnr, max_history_bytes, evaluator.latency_ms,
             functools.partial(history_bytes, laboratory),
@@ -197,6 +200,7 @@ def run(
         "program": program.hash(), "sampler": sampler_digest(program.sampler), "seed": seed, "seeded": seeded,
         "images": laboratory.search.images, "guidance": [program.guidance.mode, program.guidance.scale],
         "first": [schedule.digest() for schedule in first],
+        "conditions": _digest_of(laboratory.search.conditions),
         "limits": None if limits is None else [limits.latency_ms, limits.psnr, limits.history_bytes],
     }  # fmt: skip
     with (
@@ -212,7 +216,7 @@ def searched(
 ) -> Iterator[Schedule]:  # fmt: skip
     """For `-O3`: the schedules of a front that keep the requirement on the search's requests, fastest first."""
     quiet: Clock = lambda _: nullcontext()  # noqa: E731
-    table = calibrated(laboratory, folder, target, quiet, told)
+    table = calibrated(laboratory, folder, target, quiet)
     subject = measured_subject(laboratory, folder, quiet)
     evaluator = TrajectoryEvaluator(laboratory, table)
 
@@ -228,6 +232,14 @@ def searched(
             yield candidate.schedule
 
 
+def _digest_of(conditions: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(conditions):
+        array = np.ascontiguousarray(conditions[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
 def history_bytes(laboratory: Laboratory, schedule: Schedule) -> int:
     """Bytes of the values that the schedule keeps from call to call, for the search's images in both halves."""
     rows = laboratory.search.images * (2 if laboratory.guided else 1)
@@ -237,10 +249,13 @@ def history_bytes(laboratory: Laboratory, schedule: Schedule) -> int:
     )
 
 
-def _worker(source: Source, conditions: Mapping[str, Any] | None, images: int, folder: str) -> TrajectoryEvaluator:
+def _worker(
+    source: Source, conditions: Mapping[str, Any] | None, images: int, folder: str, parent: str
+) -> TrajectoryEvaluator:
     """The evaluator in another process or on another machine, made from the model's name."""
     prepared = prepare(source, 1)
-    work = Path(tempfile.mkdtemp(prefix="dcc-search-"))
+    # On this machine inside the search's own folder, which goes with it: a worker is killed, not asked to tidy up.
+    work = Path(tempfile.mkdtemp(prefix="dcc-search-", dir=parent if Path(parent).is_dir() else None))
     # The held-out images too: the range that PSNR is relative to must be the same in every process.
     laboratory = Laboratory(
         prepared.program, work, images=images, held_out_images=min(2 * images, source.max_batch),
@@ -262,10 +277,12 @@ def _workers(
     return ProcessWorkers(make, processes) if ray is None else RayWorkers(make, address=ray)
 
 
-def calibrated(laboratory: Laboratory, folder: Path, target: str, clock: Clock, told: Told) -> CalibrationTable:
-    """The folder's table, or a new one of the laboratory's engines, which is kept there."""
+def calibrated(
+    laboratory: Laboratory, folder: Path, target: str, clock: Clock, kept: bool = False
+) -> CalibrationTable:
+    """A new table of the laboratory's engines, which is left in the folder; with `kept` the one that lies there."""
     path = folder / TABLE
-    if path.exists():
+    if kept and path.exists():
         return CalibrationTable.load(path)
     with clock("calibrating the cost model"):
         rows = laboratory.search.images
@@ -279,11 +296,17 @@ def calibrated(laboratory: Laboratory, folder: Path, target: str, clock: Clock, 
     return table
 
 
-def measured_subject(laboratory: Laboratory, folder: Path, clock: Clock) -> Subject:
-    """The Program's subject with measurements, which are kept in the folder."""
+def measured_subject(laboratory: Laboratory, folder: Path, clock: Clock, kept: bool = False) -> Subject:
+    """The Program's subject with new measurements, left in the folder; with `kept` those that lie there."""
     path = folder / MEASURED
-    if path.exists():
-        laboratory.program.measurements = Measurements.from_json(json.loads(path.read_text()))
+    if kept and path.exists():
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(
+                "the search's measurements cannot be read", at=path, got=error, next="another -o, to begin again"
+            ) from error
+        laboratory.program.measurements = Measurements.from_json(value)
     else:
         with clock("measuring exact trajectories"):
             laboratory.program.measurements = laboratory.measurements()
@@ -361,9 +384,9 @@ def _times(laboratory: Laboratory, schedules: Sequence[Schedule], told: Told) ->
     found: dict[str, float] = {}
     ratios: dict[str, float] = {}
     exacts = []
-    exact = laboratory.load(None)
+    exact = laboratory.load(None, finest=False)
     for begin in range(0, len(schedules), 4):
-        group = {item.digest(): laboratory.load(item) for item in schedules[begin : begin + 4]}
+        group = {item.digest(): laboratory.load(item, finest=False) for item in schedules[begin : begin + 4]}
         times = alternate(laboratory, {"exact": exact, **group}, laboratory.search)
         exacts.append(times["exact"])
         ratios |= {digest: times[digest] / times["exact"] for digest in group}
@@ -375,7 +398,7 @@ def _times(laboratory: Laboratory, schedules: Sequence[Schedule], told: Told) ->
 
 
 def _name(item: Candidate) -> str:
-    return f"{item.origin} {item.digest[:8]}" if item.origin == "search" else item.origin
+    return f"{item.origin} {item.schedule.digest()[:8]}" if item.origin == "search" else item.origin
 
 
 def _grid(samples: Array, most: int = 16) -> Array:

@@ -224,7 +224,7 @@ def test_a_worker_evaluates_as_the_search_does(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     source = Source(studies.MODEL, **studies.CPU_OPTIONS)
-    other = _worker(source, None, studies.IMAGES, str(folder))
+    other = _worker(source, None, studies.IMAGES, str(folder), str(folder))
     own = TrajectoryEvaluator(laboratory, CalibrationTable.load(folder / TABLE))
     schedule = studies.spans(laboratory.program.components, (0, 2))
     one, two = own.evaluate(schedule), other.evaluate(schedule)
