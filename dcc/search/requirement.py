@@ -77,11 +77,12 @@ class Requirement:
         function = self.function()
         try:
             value = function(samples, exact, data_range) if ranged else function(samples, exact)
-            if value is None:
-                raise ValueError(f"no value for samples of shape {samples.shape}")
-            return float(value)
+            found = None if value is None else float(value)
         except Exception as error:  # the user's function
             raise UsageError("the metric has no value", at=self.metric, got=error, want="a number") from error
+        if found is None:
+            raise UsageError(f"{self.metric} has no value for samples of this shape", got=samples.shape)
+        return found
 
     def holds(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound
