@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, finished
+from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, finished, name_of
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, delta_units, from_steps
 
@@ -55,7 +55,7 @@ class DeltaDit:
                     for border in borders
                 ]
             )
-        name = f"{self.name} every {self.interval}, {replaced} of {blocks} blocks"
+        name = name_of(self, f"{self.name} every {self.interval}, {replaced} of {blocks} blocks", "boundary")
         return finished(from_steps(subject.components, units, computes, name=name), subject, "nothing is replaced")
 
     def options(self, subject: Subject) -> Sequence[DeltaDit]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, finished
+from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, finished, name_of
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, branch_units, from_steps
 
@@ -35,9 +35,8 @@ class Fora:
             [call % self.interval == 0 or bool(self.kinds and kind not in self.kinds) for kind in subject.kinds]
             for call in range(subject.calls)
         ]
-        schedule = from_steps(
-            subject.components, branch_units(subject.components), computes, name=f"{self.name} every {self.interval}"
-        )
+        name = name_of(self, f"{self.name} every {self.interval}", "kinds")
+        schedule = from_steps(subject.components, branch_units(subject.components), computes, name=name)
         return finished(schedule, subject, "nothing is reused")
 
     def options(self, subject: Subject) -> Sequence[Fora]:

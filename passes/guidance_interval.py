@@ -49,7 +49,8 @@ class GuidanceInterval:
             alone = [not self.low <= call / subject.calls < self.high for call in range(subject.calls)]
         if not any(alone):
             raise Declined(f"all {subject.calls} calls lie in the interval")
-        schedule = subject.schedule or replace(full_schedule(subject.components, subject.calls), name=self.name)
+        name = f"{self.name} {self.low:g} to {self.high:g}, {self.unit}"
+        schedule = subject.schedule or replace(full_schedule(subject.components, subject.calls), name=name)
         orders = [len(mode.weights) - 1 if mode.kind == "reuse" else None for mode in schedule.guidance]
         alone = [
             left_out or mode.kind == "conditional" for left_out, mode in zip(alone, schedule.guidance, strict=True)

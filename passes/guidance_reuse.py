@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, guidance_modes, with_guidance
+from dcc.ir.measurements import (
+    Declined,
+    Subject,
+    apply_schedule,
+    check_option,
+    guidance_modes,
+    name_of,
+    with_guidance,
+)
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, full_schedule
 
@@ -38,7 +46,8 @@ class GuidanceReuse:
         subject.check()
         if not subject.guided:
             raise Declined("the Program samples without guidance")
-        schedule = subject.schedule or replace(full_schedule(subject.components, subject.calls), name=self.name)
+        name = name_of(self, f"{self.name} every {self.interval}, order {self.order}", "start")
+        schedule = subject.schedule or replace(full_schedule(subject.components, subject.calls), name=name)
         alone = [mode.kind == "conditional" for mode in schedule.guidance]
         orders: list[int | None] = []
         last: int | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dcc.ir.measurements import Subject, apply_schedule, check_option, finished, reach_share
+from dcc.ir.measurements import Subject, apply_schedule, check_option, finished, name_of, reach_share
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, delta_units, from_steps
 
@@ -46,7 +46,7 @@ class MagCache:
             threshold, computes = reach_share(
                 lambda value: self._computes(ratios, value), subject, units, self.target_share
             )
-        name = f"{self.name} up to {threshold:.3g}, order {self.order}"
+        name = name_of(self, f"{self.name} up to {threshold:.3g}, order {self.order}", "longest", "retention")
         schedule = from_steps(subject.components, units, computes, self.order, name=name)
         return finished(schedule, subject, f"no accumulated error is at most {threshold:.3g}")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, finished
+from dcc.ir.measurements import Declined, Subject, apply_schedule, check_option, finished, name_of
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, delta_units, from_steps
 
@@ -51,7 +51,7 @@ class OptimalSteps:
         groups = min(self.groups, count)
         units = delta_units(subject.components, sorted({index * count // groups for index in range(groups)}))
         computes = [[call in calls] * len(units) for call in range(subject.calls)]
-        name = f"{self.name} {self.computed} of {subject.calls}, order {self.order}"
+        name = name_of(self, f"{self.name} {self.computed} of {subject.calls}, order {self.order}", "groups")
         schedule = from_steps(subject.components, units, computes, self.order, name=name)
         return finished(schedule, subject, "every call is computed")
 

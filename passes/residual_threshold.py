@@ -25,7 +25,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dcc.errors import UsageError
-from dcc.ir.measurements import Declined, Measurements, Subject, apply_schedule, check_option, finished, reach_share
+from dcc.ir.measurements import (
+    Declined,
+    Measurements,
+    Subject,
+    apply_schedule,
+    check_option,
+    finished,
+    name_of,
+    reach_share,
+)
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, delta_units, from_steps
 
@@ -77,7 +86,8 @@ class ResidualThreshold:
         threshold, computes = self.threshold, computes_at(self.threshold)
         if self.target_share is not None:
             threshold, computes = reach_share(computes_at, subject, units, self.target_share)
-        name = f"{self.signal} below {threshold:.3g}, order {self.order}"
+        start = f"{self.signal} below {threshold:.3g}, order {self.order}"
+        name = name_of(self, start, "warmup", "max_consecutive", "compute_last")
         schedule = from_steps(subject.components, units, computes, self.order, name=name)
         return finished(schedule, subject, f"no change of the {self.signal} signal is below {threshold:.3g}")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dcc.ir.measurements import Subject, apply_schedule, check_option, finished, reach_share
+from dcc.ir.measurements import Subject, apply_schedule, check_option, finished, name_of, reach_share
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule, branch_units, from_steps
 
@@ -56,7 +56,8 @@ class SmoothCache:
         alpha, computes = self.alpha, computes_at(self.alpha)
         if self.target_share is not None:
             alpha, computes = reach_share(computes_at, subject, units, self.target_share)
-        schedule = from_steps(subject.components, units, computes, name=f"{self.name} below {alpha:.3g}")
+        name = name_of(self, f"{self.name} below {alpha:.3g}", "longest")
+        schedule = from_steps(subject.components, units, computes, name=name)
         return finished(schedule, subject, f"no change is below {alpha:.3g}")
 
     def options(self, subject: Subject) -> Sequence[SmoothCache]:

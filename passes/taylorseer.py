@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dcc.errors import UsageError
-from dcc.ir.measurements import Subject, apply_schedule, check_option, finished
+from dcc.ir.measurements import Subject, apply_schedule, check_option, finished, name_of
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import COMPUTE, Action, Schedule, Stores, branch_units, delta_units, forecast
 
@@ -54,7 +54,7 @@ class TaylorSeer:
             else:
                 action = forecast(taylor_weights(history, call, self.order))
             rows.append((action,) * len(units))
-        name = f"{self.name} every {self.interval}, order {self.order}"
+        name = name_of(self, f"{self.name} every {self.interval}, order {self.order}", "stores", "first_enhance")
         reason = f"the first {self.first_enhance} calls are all there is"
         return finished(Schedule(subject.components, units, tuple(rows), name=name), subject, reason)
 

@@ -491,6 +491,18 @@ def reach_share(
     return threshold, computes
 
 
+def name_of(step: Any, start: str, *options: str) -> str:
+    """`start`, and those of the pass's options that are not at their defaults: a name tells settings apart."""
+    defaults = {field.name: field.default for field in dataclasses.fields(step)}
+    texts = []
+    for option in options:
+        value = getattr(step, option)
+        if value != defaults[option]:
+            shown = " and ".join(value) if isinstance(value, tuple) else value
+            texts.append(f", {option.replace('_', ' ')} {shown}")
+    return start + "".join(texts)
+
+
 def check_option(name: str, got: float, lowest: float, highest: float = math.inf) -> None:
     """Raises UsageError unless `lowest <= got <= highest`; for the options of passes."""
     if not lowest <= got <= highest:
