@@ -15,7 +15,8 @@ import math
 import os
 import platform
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,7 +233,8 @@ class CalibrationTable:
                 "the calibration table cannot be written", at=path, got=error, next="another -o"
             ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> CalibrationTable:
@@ -247,17 +249,28 @@ class CalibrationTable:
         return CalibrationTable.from_json(value)
 
 
-def table_of_this_machine(target: str = "cpu", threads: int | None = None) -> CalibrationTable | None:
-    """The table that `dcc calibrate` left for this machine, None where there is none that can be read."""
+def table_of_this_machine(
+    target: str = "cpu", threads: int | None = None, note: Callable[[str], None] = lambda _: None
+) -> CalibrationTable | None:
+    """The table that `dcc calibrate` left for this machine and target; None where there is none.
+
+    `note` hears of one that is there and cannot be used: damaged, or of another machine or target.
+    """
     machine = machine_of_this_process(threads)
     path = default_path(target, machine)
     if not path.exists():
         return None
     try:
         table = CalibrationTable.load(path)
-    except UsageError:
-        return None  # a cache: a damaged file is measured again, not complained about
-    return table if table.machine == machine and table.target == target else None
+    except UsageError as error:
+        # A cache: what rests on it goes on without, and somebody should know.
+        found = error.details.get("got", error.what)
+        note(f"the calibration table {path} is damaged ({found}): dcc calibrate MODEL makes a new one")
+        return None
+    if (table.machine, table.target) != (machine, target):
+        note(f"the calibration table {path} is of another machine: dcc calibrate MODEL makes one of this machine")
+        return None
+    return table
 
 
 def fit(measurements: Sequence[Measurement]) -> Coefficients:

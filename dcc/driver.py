@@ -20,6 +20,7 @@ from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import GRANULARITIES, lower
 from dcc.frontend.load import LoadedModel
+from dcc.frontend.schedules import PLACEMENTS
 from dcc.ir.interpret import random_inputs, run_graph
 from dcc.ir.program import Program
 from dcc.ir.schedule import Schedule
@@ -81,6 +82,7 @@ def compile(
     require: str | None = None,
     schedule: Schedule | str | os.PathLike[str] | None = None,
     pick: str | None = None,
+    transfer: str | None = None,
     budget: int = DEFAULT_BUDGET,
     images: int = DEFAULT_IMAGES,
     conditions: Mapping[str, Any] | None = None,
@@ -95,13 +97,14 @@ def compile(
     `model` is a module, an ExportedProgram, or anything `dcc.frontend.load` reads; `Source` says more of the sampler
     and guidance. `opt_level` 0 traces and lowers, 1 runs the exact passes, 2 adds a calibrated schedule within
     `require` (by default psnr>=30 against the exact samples), 3 a search of `budget` evaluations for one. `schedule`
-    is a schedule or a file of one (`pick` chooses from a front). Schedules are tried out on `images` images and
-    checked on others; `conditions` are needed where the model has some that are not classes. `own_process` as in
-    `dcc.runtime.load`. The artifact is checked before it gets its name; nothing is left behind otherwise. Raises a
+    is a schedule or a file of one; `pick` chooses from a front, `transfer` (nearest or interval) moves one of other
+    steps or another sampler. Schedules are tried out on `images` images and checked on others; `conditions` are needed
+    where the model has some that are not classes. `own_process` as in `dcc.runtime.load`. The artifact is checked
+    before it gets its name; nothing is left behind otherwise. Raises a
     DccError of the stage that failed, QualityError where the requirement is missed.
     """
     _check_options(target, opt_level, granularity, max_batch, guidance)
-    _check_schedule_options(opt_level, require, schedule, pick, budget, images)
+    _check_schedule_options(opt_level, require, schedule, pick, transfer, budget, images)
     clock = StageClock(progress)
     destination = Path(output)
     _check_destination(destination)
@@ -128,8 +131,8 @@ def compile(
             with tempfile.TemporaryDirectory(prefix="dcc-", ignore_cleanup_errors=True) as folder:
                 chosen = choose(
                     prepared, Path(folder), opt_level=opt_level, require=require, schedule=schedule, pick=pick,
-                    budget=budget, images=min(images, max_batch), conditions=conditions, target=target,
-                    own_process=own_process, clock=clock, told=progress,
+                    transfer=transfer, budget=budget, images=min(images, max_batch), conditions=conditions,
+                    target=target, own_process=own_process, clock=clock, told=progress,
                 )  # fmt: skip
             program.schedule = chosen.schedule
             program.reports.append(chosen.report)
@@ -173,7 +176,7 @@ def _check_options(target: str, opt_level: int, granularity: str, max_batch: int
 
 
 def _check_schedule_options(
-    opt_level: int, require: str | None, schedule: Any, pick: str | None, budget: int, images: int
+    opt_level: int, require: str | None, schedule: Any, pick: str | None, transfer: str | None, budget: int, images: int
 ) -> None:
     if schedule is not None and opt_level >= 2:
         raise UsageError("a schedule is given, and -O2 and -O3 choose one", next="leave out one of them")
@@ -183,6 +186,9 @@ def _check_schedule_options(
         )
     if pick is not None and schedule is None:
         raise UsageError("--pick chooses from a front", got=pick, next="--schedule front.json")
+    if transfer is not None and (schedule is None or transfer not in PLACEMENTS):
+        want = f"--schedule FILE, and {' or '.join(PLACEMENTS)}"
+        raise UsageError("--transfer moves a given schedule to other steps", got=transfer, want=want)
     if budget < 1 or images < 1:
         got = f"budget {budget}, {images} images"
         raise UsageError("the options of the search are out of range", got=got, want="1 or more of each")

@@ -93,7 +93,7 @@ def artifact(folder: Path, shared: None) -> Path:
 def schedule() -> Schedule:
     """Of the tiny model at five steps."""
     program = studies.prepared(Source(studies.MODEL, **studies.CPU_OPTIONS)).program
-    identity = {"program": program.hash(), "sampler": sampler_digest(program.sampler)}
+    identity = {"program": program.denoiser_hash(), "sampler": sampler_digest(program.sampler)}
     return replace(studies.spans(program.components, (0, 1, 3)), name="given", **identity)
 
 
@@ -222,8 +222,17 @@ def test_a_steps_mask(dcc: Run, tmp_path: Path) -> None:
 def test_a_schedule_of_other_steps(dcc: Run, schedule_file: Path, unchanged: Path) -> None:
     result = dcc(*_compile(unchanged / "a.dcc"), "--steps", 6, "--schedule", schedule_file)
     assert result.code == 1 and result.out == ""
-    for part in ("5 calls", "6 calls", "sampler", str(schedule_file)):
+    for part in ("got   5 calls\n", "want  6 calls\n", str(schedule_file), "--transfer nearest"):
         assert part in result.err
+
+
+def test_a_schedule_is_transferred_to_other_steps(dcc: Run, schedule_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.dcc"
+    result = dcc(*_compile(output), "--steps", 6, "--schedule", schedule_file, "--transfer", "interval")
+    assert result.code == 0, result.err
+    assert "transferred (interval): made for 5 calls, wanted for 6 calls" in result.err
+    assert "given and transferred (interval)" in result.out
+    assert len(json.loads(dcc("inspect", output, "--json").out)["schedule"]["steps"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -233,6 +242,8 @@ def test_a_schedule_of_other_steps(dcc: Run, schedule_file: Path, unchanged: Pat
         (("--schedule", "a.json", "-O3"), "a schedule is given, and -O2 and -O3 choose one"),
         (("--require", "psnr>=30"), "nothing lossy is asked for"),
         (("--pick", "2x"), "--pick chooses from a front"),
+        (("--transfer", "nearest"), "--transfer moves a given schedule"),
+        (("--transfer", "elsewhere", "--schedule", "a.json"), "--transfer moves a given schedule"),
         (("-O2", "--require", "psnr"), "cannot read the requirement"),
         (("-O2", "--require", "psnr>=x"), "cannot read the requirement"),
         (("-O2", "--require", "sharpness>=3"), "unknown metric"),
@@ -258,12 +269,12 @@ def test_inspect_shows_the_worth_and_the_schedule(dcc: Run, artifact: Path) -> N
     assert below.startswith("blocks.0.attn..blocks.1.mlp") and below.endswith("  #~~~~")
 
 
-def test_inspect_json_holds_the_schedule(dcc: Run, artifact: Path) -> None:
+def test_inspect_json_holds_the_schedule(dcc: Run, artifact: Path, schedule: Schedule) -> None:
     found = json.loads(dcc("inspect", artifact, "--json").out)
     read = Schedule.from_json(found["schedule"])
     assert found["worth"]["digest"] == read.digest()
     assert found["recipe"]["require"] == EASY
-    assert found["program_hash"] == read.program
+    assert (read.program, read.sampler) == (schedule.program, schedule.sampler)
 
 
 def test_an_exact_artifact_has_none(dcc: Run, tmp_path: Path) -> None:

@@ -301,8 +301,8 @@ def test_reads_dcc_s_own(tmp_path: Path) -> None:
     assert read_schedule(path, DIT, 3, program="a" * 64, sampler="b" * 64) == schedule
     with pytest.raises(ScheduleError, match="something else") as refused:
         read_schedule(path, DIT, 5, program="c" * 64, sampler="b" * 64)
-    assert refused.value.details["got"] == "program aaaaaaaaaaaa; 3 calls"
-    assert refused.value.details["want"] == "program cccccccccccc; 5 calls"
+    assert refused.value.details["got"] == "weights and operations aaaaaaaaaaaa; 3 calls"
+    assert refused.value.details["want"] == "weights and operations cccccccccccc; 5 calls"
     assert "transfer" in refused.value.details["next"]
     assert str(path) in refused.value.details["at"]
 

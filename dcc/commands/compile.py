@@ -35,6 +35,9 @@ def compile_model(
         str | None, typer.Option(metavar="FILE", help="A schedule, a front.json, ECAD's file or a step mask.")
     ] = None,
     pick: Annotated[str | None, typer.Option(metavar="2.5x|30dB|HASH", help="Which point of a front.json.")] = None,
+    transfer: Annotated[
+        str | None, typer.Option(metavar="nearest|interval", help="Move a schedule of other steps or another sampler.")
+    ] = None,
     budget: Annotated[int, typer.Option(help="Evaluations of -O3.")] = 200,
     images: Annotated[int, typer.Option(help="Images that a schedule is tried out on.")] = 16,
     condition: options.ConditionOption = None,
@@ -65,8 +68,8 @@ def compile_model(
             model, output=output, target=target, roles=roles or None, arch=arch, sampler=sampler, steps=steps,
             sampler_options=sampler_values, guidance=guidance,
             guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale, lora=files,
-            opt_level=opt_level, require=require, schedule=schedule, pick=pick, budget=budget, images=images,
-            conditions=options.condition_values(condition), max_batch=max_batch, granularity=granularity,
+            opt_level=opt_level, require=require, schedule=schedule, pick=pick, transfer=transfer, budget=budget,
+            images=images, conditions=options.condition_values(condition), max_batch=max_batch, granularity=granularity,
             trust_pickle=trust_pickle, own_process=True, progress=stages,
         )  # fmt: skip
     if as_json:

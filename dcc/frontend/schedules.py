@@ -19,8 +19,10 @@ Sources: ECAD (arXiv 2506.15682), cache-dit (github.com/vipshop/cache-dit, Apach
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, groupby, islice, zip_longest
@@ -51,6 +53,7 @@ FILE_LIMIT = 64 << 20
 NOTATION_LIMIT = 4096
 BLOCK_LIMIT = 1000
 CALL_LIMIT = 10_000
+PLACEMENTS = ("nearest", "interval")
 
 Note = Callable[[str], None]
 Pick = Callable[[Mapping[str, Any]], Schedule]
@@ -152,17 +155,21 @@ def read_schedule(
     *,
     program: str = "",
     sampler: str = "",
+    placement: str | None = None,
     pick: Pick | None = None,
     note: Note = lambda text: None,
 ) -> Schedule:
     """The schedule in the file, which is told by its content: dcc's, a front, ECAD's, or a step mask.
 
     What is given of `components`, `calls` and the hashes `program` and `sampler` is checked against it; ECAD's files
-    and masks need the components, masks the calls as well. `pick` chooses of a front with several points and gets
-    the whole front. `note` hears what was changed in reading. Raises ScheduleError.
+    and masks need the components, masks the calls as well. With a `placement` it is transferred to the calls and the
+    hashes first. `pick` chooses of a front with several points and gets the whole front. `note` hears what was
+    changed in reading. Raises ScheduleError.
     """
     try:
         schedule = _parse(_content(Path(path)), components, calls, pick, note)
+        if placement is not None:
+            schedule = moved_to(schedule, calls or schedule.calls, program, sampler, placement, note)
         check_fits(schedule, program, sampler, components, calls)
     except ScheduleError as error:
         details = {**error.details, "at": ": ".join(filter(None, (str(path), error.details.get("at"))))}
@@ -249,29 +256,44 @@ def check_fits(
     components: Sequence[str] | None = None,
     calls: int | None = None,
 ) -> None:
-    """Raises ScheduleError with all that differs; a hash of "" on either side and None fit anything."""
+    """Raises ScheduleError with all that differs; a hash of "" on either side and None fit anything.
+
+    What follows from a difference that is named is not named as well: other components are another model, and the
+    tables of one sampler for two numbers of steps differ.
+    """
     got: list[str] = []
     want: list[str] = []
-    if components is not None and tuple(components) != schedule.components:
+    same_components = components is None or tuple(components) == schedule.components
+    same_calls = calls is None or calls == schedule.calls
+    if components is not None and not same_components:
         got.append(_components_text(schedule.components, components))
         want.append(_components_text(components, schedule.components))
-    for what, own, given in (("program", schedule.program, program), ("sampler", schedule.sampler, sampler)):
-        if own and given and own != given:
-            got.append(f"{what} {own[:12]}")
-            want.append(f"{what} {given[:12]}")
-    if calls is not None and calls != schedule.calls:
+    elif schedule.program and program and schedule.program != program:
+        got.append(f"weights and operations {schedule.program[:12]}")
+        want.append(f"weights and operations {program[:12]}")
+    own, given = schedule.sampler, sampler
+    if not same_calls:
+        own, given = own.rpartition(":")[0], given.rpartition(":")[0]
+    if own and given and own != given:
+        got.append(f"sampler {_sampler_text(own)}")
+        want.append(f"sampler {_sampler_text(given)}")
+    if not same_calls:
         got.append(f"{schedule.calls} calls")
         want.append(f"{calls} calls")
     if got:
-        same = components is None or tuple(components) == schedule.components
         raise ScheduleError(
             "the schedule was made for something else",
             got="; ".join(got),
             want="; ".join(want),
-            next="transfer it (dcc.frontend.schedules.transfer) and measure what that loses, or search again"
-            if same
+            next="--transfer nearest, and see what that loses, or search again"
+            if same_components
             else "use it with the model that it was made for, or search again",
         )
+
+
+def _sampler_text(identity: str) -> str:
+    name, colon, digest = identity.rpartition(":")
+    return f"{name}{colon}{digest[:12]}"
 
 
 def _components_text(names: Sequence[str], others: Sequence[str]) -> str:
@@ -426,7 +448,8 @@ def _single_notes(columns: Sequence[Sequence[tuple[bool, ...]]]) -> Iterator[str
 def write_ecad(schedule: Schedule, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
     """The schedule is in the file, in ECAD's format; `config` is written as it is (height, width, guidance_scale).
 
-    Raises ScheduleError for what ECAD has no word for: deltas, forecasts, skips, guidance modes, other blocks.
+    The file has all of it or is as it was. Raises ScheduleError for what ECAD has no word for (deltas, forecasts,
+    skips, guidance modes, other blocks) and where the file cannot be written.
     """
     for call, (mode, row) in enumerate(zip(schedule.guidance, schedule.actions, strict=True)):
         if mode != BOTH:
@@ -459,7 +482,16 @@ def write_ecad(schedule: Schedule, path: str | Path, config: Mapping[str, Any] |
         "schedule": steps,
     }
     value = {"cache_schedule": content, "config": dict(config or {}), "metrics": {}}
-    Path(path).write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
+    target = Path(path)
+    partial = target.parent / f".{os.getpid():x}.{target.name[:60]}.partial"
+    try:
+        partial.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise ScheduleError("the schedule file cannot be written", at=target, got=error, next="another path") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _layout_of(components: Sequence[str]) -> Layout:
@@ -686,6 +718,17 @@ def _counted(calls: int, warmup: int, interval: int, most: int, run: int) -> tup
     return tuple(bits)
 
 
+def moved_to(
+    schedule: Schedule, calls: int, program: str, sampler: str, placement: str, note: Note = lambda text: None
+) -> Schedule:
+    """The schedule as `transfer` gives it, and a note of what it was made for where that is something else."""
+    try:
+        check_fits(schedule, program, sampler, calls=calls)
+    except ScheduleError as error:
+        note(f"transferred ({placement}): made for {error.details['got']}, wanted for {error.details['want']}")
+    return transfer(schedule, calls, program=program, sampler=sampler, placement=placement)
+
+
 def transfer(
     schedule: Schedule, calls: int, *, program: str = "", sampler: str = "", placement: str = "nearest"
 ) -> Schedule:
@@ -698,8 +741,8 @@ def transfer(
     units and guidance differences without a value are computed. With equal calls nothing changes but the hashes.
     Raises ScheduleError.
     """
-    if placement not in ("nearest", "interval"):
-        raise ScheduleError("no such placement", got=placement, want="nearest or interval")
+    if placement not in PLACEMENTS:
+        raise ScheduleError("no such placement", got=placement, want=" or ".join(PLACEMENTS))
     if not 1 <= calls <= CALL_LIMIT:
         raise ScheduleError("no such number of calls", got=calls, want=f"1 to {CALL_LIMIT}")
     if calls == schedule.calls:

@@ -7,7 +7,6 @@ dimension is an integer, the batch symbol written `B`, or `?expr` for anything t
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ _SHORT = {
 DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 SYM_SIZE = torch.ops.aten.sym_size.int
-SCALAR_OPS = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.truediv)
 
 Dimension = int | str
 Shape = tuple[Dimension, ...]

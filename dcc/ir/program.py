@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from dcc.ir.graph import Shape
+from dcc.ir.graph import Shape, op_name, outputs_of
 
 if TYPE_CHECKING:
     from dcc.ir.measurements import Measurements
@@ -118,6 +118,8 @@ class Program:
     source: str = ""
     schedule: Schedule | None = None
     measurements: Measurements | None = None
+    # Of each weight that was hashed: the tensor, its count of changes in place, its content hash.
+    hashed: dict[str, tuple[Tensor, int, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def scope(self, node: Node) -> Scope:
         return self.scopes.get(node, Scope.STEP)
@@ -152,10 +154,56 @@ class Program:
 
     def hash(self) -> str:
         """Content hash of text and weights: equal programs hash equal in any process."""
-        from dcc.ir.text import program_text
+        from dcc.ir.text import program_text  # which imports this module
 
         digest = hashlib.sha256(program_text(self).encode())
         for name in sorted(self.weights):
-            digest.update(name.encode())
-            digest.update(self.weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(f"{name} {self._weight_hash(name)}\n".encode())
         return digest.hexdigest()
+
+    def denoiser_hash(self) -> str:
+        """Content hash of what the denoiser computes: operations, weights, and its inputs with their roles.
+
+        Equal whatever the Program is called, for any sampler, number of steps, guidance and number of rows: those
+        change neither a component nor a weight. The hash of a value is that of its operation and of its arguments'
+        hashes, so neither the order of the operations nor the scopes and stages that they were divided into matter.
+        """
+        inputs = {item.name: item for item in self.inputs}
+        found: dict[Node, str] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                spelled = repr(inputs[node.name])
+            elif node.op == "get_attr":
+                spelled = f"weight {self._weight_hash(str(node.target))}"
+            elif node.op == "call_function":
+                # The overload as well: `str` of what is not an operation of torch may hold an address.
+                target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else op_name(node)
+                spelled = f"{target} {_spelled(node.args, found)} {_spelled(node.kwargs, found)}"
+            else:
+                continue
+            found[node] = hashlib.sha256(spelled.encode()).hexdigest()
+        roles = [repr(item) for item in self.inputs]
+        results = [found[node] for node in outputs_of(self.graph)]
+        return hashlib.sha256("\n".join([*roles, *results]).encode()).hexdigest()
+
+    def _weight_hash(self, name: str) -> str:
+        """Content hash of one weight, taken again only where the tensor is another or was written to."""
+        tensor = self.weights[name]
+        version = -1 if tensor.is_inference() else tensor._version  # a tensor of inference mode counts no changes
+        known = self.hashed.get(name)
+        if known is None or known[0] is not tensor or known[1] != version:
+            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            known = self.hashed[name] = tensor, version, digest.hexdigest()
+        return known[2]
+
+
+def _spelled(value: object, found: dict[Node, str]) -> str:
+    """An operation's argument as text, nodes by their hashes."""
+    if isinstance(value, Node):
+        return found[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_spelled(part, found) for part in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_spelled(part, found)}' for key, part in sorted(value.items()))}}}"
+    return repr(value)

@@ -121,7 +121,8 @@ def extrapolation(history: Sequence[int], call: int, order: int) -> tuple[float,
 class Schedule:
     """Actions `[calls][units]` and guidance modes `[calls]`; checked when it is made. Raises ScheduleError.
 
-    `program` and `sampler` are the hashes of what it was made for, "" where it fits any.
+    What it was made for, "" where it fits any: `program` is `Program.denoiser_hash()`, `sampler` the sampler's name and
+    the hash of its table with ":" between.
     """
 
     components: tuple[str, ...]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dcc.errors import DccError
+from dcc.errors import SamplerError, UsageError
 from dcc.ir.measurements import subject_of
 from dcc.ir.schedule import Schedule
 from dcc.preparation import Prepared
@@ -79,9 +79,11 @@ class PlainSteps:
             folder = self._folder / f"steps-{steps}"
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                self._made[steps] = self._laboratory.sibling(self._prepared.with_steps(steps).program, folder)
-            except DccError:
+                program = self._prepared.with_steps(steps).program
+            except (SamplerError, UsageError):
                 self._made[steps] = None
+            else:
+                self._made[steps] = self._laboratory.sibling(program, folder)
         return self._made[steps]
 
     def at(self, steps: int, exact_ms: float) -> FewerSteps | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from dcc.calibrate import engine_contents, loop_work, planned_loop
 from dcc.cost_model.roofline import CostModel, GenerationPrediction, Roofline, predict
-from dcc.cost_model.table import CalibrationTable, default_path
+from dcc.cost_model.table import CalibrationTable, table_of_this_machine
 from dcc.cost_model.targets import Target, dtype_for, target_named
 from dcc.errors import QualityError, UsageError
 from dcc.exports.step_plan import StepPlan
 from dcc.exports.templates import OnnxTemplate
-from dcc.frontend.schedules import check_fits, read_schedule
+from dcc.frontend.schedules import check_fits, moved_to, read_schedule
 from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule
 from dcc.preparation import Clock, Prepared
@@ -49,6 +52,7 @@ def choose(
     require: str | None,
     schedule: Schedule | str | os.PathLike[str] | None,
     pick: str | None,
+    transfer: str | None,
     budget: int,
     images: int,
     conditions: Mapping[str, Any] | None,
@@ -59,18 +63,20 @@ def choose(
 ) -> Chosen:
     """The schedule, checked against the requirement on requests that it was not chosen by.
 
+    A given schedule of other calls, another sampler or other weights is transferred with the placement `transfer`.
     Raises QualityError where the requirement is missed, ScheduleError for a schedule of something else.
     """
     requirement = Requirement.parse(require or DEFAULT) if require or opt_level >= 2 else None
     program = prepared.program
-    given = None if schedule is None else _given(prepared, schedule, pick, told)
+    calibrated: CalibrationTable | None = None
+    given = None if schedule is None else _given(prepared, schedule, pick, transfer, told)
     with clock("exporting stages"):
         laboratory = Laboratory(
             program, folder, images=images, held_out_images=min(2 * images, prepared.source.max_batch),
             conditions=conditions, own_process=own_process,
         )  # fmt: skip
     if given is not None:
-        found, how = given, "given"
+        found, how = given, "given" if transfer is None else f"given and transferred ({transfer})"
     elif opt_level == 2:
         assert requirement is not None
         with clock("choosing a schedule"):
@@ -78,16 +84,18 @@ def choose(
             candidates: Iterator[Schedule] = FastSearch(laboratory, requirement, check, told).candidates()
             found, how = _first_that_holds(laboratory, requirement, candidates), "found by bisection and moves"
     else:
-        from dcc.search.study import searched
+        from dcc.search.study import TABLE, searched  # which imports this module, and pymoo
 
         assert requirement is not None
         with clock("searching for a schedule"):
-            candidates = searched(prepared, laboratory, folder, budget, requirement, target, told)
+            candidates = searched(laboratory, folder, budget, requirement, target, told)
             found = _first_that_holds(laboratory, requirement, candidates)
             how = f"searched for with {budget} evaluations"
-    found = replace(found, program=program.hash(), sampler=sampler_digest(program.sampler))
+        calibrated = CalibrationTable.load(folder / TABLE)
+    found = replace(found, program=program.denoiser_hash(), sampler=sampler_digest(program.sampler))
     with clock("measuring quality and speed"):
-        worth = assess(prepared, laboratory, found, requirement, folder, target)
+        table = calibrated or table_of_this_machine(target, note=told)
+        worth = assess(prepared, laboratory, found, requirement, folder, target, table)
     quality = worth["quality"]
     if requirement is not None and not worth["required"]["holds"]:
         value = worth["required"]["value"]
@@ -120,33 +128,35 @@ def _first_that_holds(laboratory: Laboratory, requirement: Requirement, candidat
     )  # fmt: skip
 
 
-def _given(prepared: Prepared, schedule: Any, pick: str | None, told: Callable[[str], None]) -> Schedule:
+def _given(
+    prepared: Prepared, schedule: Any, pick: str | None, placement: str | None, told: Callable[[str], None]
+) -> Schedule:
     program = prepared.program
     if program.sampler is None or not program.components:
         raise UsageError("a schedule needs a sampler and components", at=program.name)
-    identity = program.hash(), sampler_digest(program.sampler)
+    identity = program.denoiser_hash(), sampler_digest(program.sampler)
     if isinstance(schedule, Schedule):
+        if placement is not None:
+            schedule = moved_to(schedule, program.calls, *identity, placement, told)
         check_fits(schedule, *identity, program.components, program.calls)
         return schedule
     return read_schedule(
-        schedule, program.components, program.calls, program=identity[0], sampler=identity[1], note=told,
-        pick=None if pick is None else lambda value: pick_point(Front.from_json(value), pick).schedule,
+        schedule, program.components, program.calls, program=identity[0], sampler=identity[1], placement=placement,
+        note=told, pick=None if pick is None else lambda value: pick_point(Front.from_json(value), pick).schedule,
     )  # fmt: skip
 
 
 def sampler_digest(table: Any) -> str:
-    """Content hash of a sampler's table."""
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps(table.to_json(), sort_keys=True).encode()).hexdigest()
+    """The sampler's name and the content hash of its table, with ":" between."""
+    digest = hashlib.sha256(json.dumps(table.to_json(), sort_keys=True).encode()).hexdigest()
+    return f"{table.name}:{digest}"
 
 
 def assess(
     prepared: Prepared, laboratory: Laboratory, schedule: Schedule, requirement: Requirement | None, folder: Path,
-    target: str,
+    target: str, table: CalibrationTable | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Quality on held-out requests and speed beside the exact loop, both as they ship."""
+    """Quality on held-out requests and speed beside the exact loop, both as they ship, and as the table predicts."""
     held_out = laboratory.held_out
     shipped, exact = laboratory.load(schedule, finest=False), laboratory.load(None, finest=False)
     samples = shipped.sample(**laboratory.request_values(shipped, held_out))
@@ -154,7 +164,7 @@ def assess(
     times = alternate(laboratory, {"exact": exact, "schedule": shipped}, laboratory.search)
     speedup = times["exact"] / times["schedule"]
     plain = PlainSteps(prepared, laboratory, folder).of_equal_time(speedup, times["exact"])
-    predicted = predicted_ms(laboratory, schedule, target)
+    predicted = None if table is None else predicted_ms(laboratory, schedule, target, table)
     worth: dict[str, Any] = {
         "digest": schedule.digest(), "computed_share": computed_share(laboratory, schedule),
         "speedup": speedup, "latency_ms": times["schedule"], "exact_ms": times["exact"],
@@ -173,12 +183,8 @@ def assess(
     return worth
 
 
-def predicted_ms(laboratory: Laboratory, schedule: Schedule | None, target: str) -> float | None:
-    """What this machine's calibration table says; None where there is none for the target."""
-    try:
-        table = CalibrationTable.load(default_path(target))
-    except UsageError:
-        return None
+def predicted_ms(laboratory: Laboratory, schedule: Schedule | None, target: str, table: CalibrationTable) -> float:
+    """Milliseconds of a generation of the search's images, as the table has it."""
     step = laboratory.plan_of(schedule, finest=False)
     images, guided = laboratory.search.images, laboratory.guided
     return predicted_generation(laboratory.program, step, target, images, guided=guided, model=table).seconds * 1e3
@@ -200,8 +206,6 @@ def predicted_generation(
     its data sheet. `guided` says that both halves of guidance run, by default as the Program would have it. Raises
     UsageError for an unknown target and for a dtype that it lacks.
     """
-    from dcc.calibrate import engine_contents, loop_work, planned_loop
-
     if images < 1:
         raise UsageError("a generation has at least one image", got=images, want="1 or more")
     given = target_named(target) if isinstance(target, str) else target

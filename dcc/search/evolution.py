@@ -151,9 +151,6 @@ class Row:
     hypervolume: float
     best: Mapping[str, float]
 
-    def to_json(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations, "hypervolume": self.hypervolume, "best": dict(self.best)}
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -269,7 +266,7 @@ class _Search:
         exact = full_schedule(self.space.components, self.space.calls)
         found: dict[str, tuple[Schedule, Array]] = {}
         for seed in [exact, *seeds]:
-            fitting = replace(seed, program=self.space.program, sampler=self.space.sampler)
+            fitting = replace(seed, program="", sampler="")
             genome = from_schedule(self.space, fitting)
             if fitting.guidance != exact.guidance and not self.space.guided:
                 raise UsageError("a seed has guidance and the model has none", at=seed.name)

@@ -7,7 +7,6 @@ schedule must keep the requirement on two sets of requests, so that weights fitt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,10 +62,6 @@ class FastSearch:
             near = [item for item in self._tried.values() if len(item.calls) == count]
             near += [self._try(chosen) for chosen in {proposals[count - 1], _evenly(count, calls)}]
             best = max(near, key=self._rank)
-
-    def best_value(self) -> float:
-        """The best value of the metric that any schedule reached; not a number where none was tried."""
-        return max(self._tried.values(), key=self._rank).value if self._tried else math.nan
 
     def _fastest(self) -> Tried | None:
         """The fewest computed calls that keep the requirement; None where only the exact loop does."""

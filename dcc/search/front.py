@@ -177,7 +177,7 @@ class Front:
     `points` are those that no other dominates, by rising speedup and so by falling PSNR; `non_dominated` gives them.
     `others` are the classic methods and whatever else is worth plotting. `exact_ms` is one whole generation of the
     batch by the exact artifact. `seeds` are those that the search saw; `held_out` shares none with them. `notes` is
-    plain JSON. `program` is `Program.hash()`; the schedules of all points are for it, or for any.
+    plain JSON. `program` is `Program.denoiser_hash()`; the schedules of all points are for it, or for any.
     """
 
     model: str

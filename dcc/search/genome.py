@@ -57,8 +57,6 @@ class Space:
     kinds: tuple[str, ...] = ()
     starts: tuple[tuple[int, ...], ...] = ()
     drops_guidance: bool = True
-    program: str = ""
-    sampler: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.components)
@@ -172,9 +170,7 @@ def to_schedule(space: Space, genome: Genome, name: str = "") -> Schedule:
         else:
             units.append(Unit(component, index, index, stores))
             rows.append(actions)
-    return Schedule(
-        space.components, tuple(units), tuple(zip(*rows, strict=True)), modes, space.program, space.sampler, name
-    )
+    return Schedule(space.components, tuple(units), tuple(zip(*rows, strict=True)), modes, name=name)
 
 
 def from_schedule(space: Space, schedule: Schedule) -> Genome:

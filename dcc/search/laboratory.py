@@ -27,8 +27,10 @@ from dcc.exports.unroll import step_stages
 from dcc.ir.measurements import Features, Measurements, blocks_of, measure
 from dcc.ir.program import Program
 from dcc.ir.schedule import Schedule, delta_units, from_steps, full_schedule
+from dcc.preparation import manifest_of
 from dcc.quality import psnr, ssim, typical_range
 from dcc.runtime.artifact import Artifact
+from dcc.runtime.container import WEIGHTS_MEMBER
 from dcc.runtime.loaded import LoadedArtifact
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from dcc.runtime.plan import Call, ConstantSpec, EngineSpec, Plan
@@ -48,7 +50,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Requests:
-    """What is sampled: one seed and one row of conditions an image. `exact` is filled in by the Laboratory."""
+    """What is sampled: one seed and one row of conditions an image."""
 
     seeds: tuple[int, ...]
     conditions: Mapping[str, Any]
@@ -294,8 +296,6 @@ def _root_mean_square(values: Array) -> float:
 
 
 def _write_base(program: Program, path: Path, templates: Mapping[str, OnnxTemplate]) -> Plan:
-    from dcc.preparation import manifest_of
-
     plain = replace(program, schedule=None)
     with ArtifactWriter(path) as writer:
         plan = lower(plain, writer, "component", templates=templates)
@@ -304,8 +304,6 @@ def _write_base(program: Program, path: Path, templates: Mapping[str, OnnxTempla
 
 
 def _weights_base(artifact: Artifact) -> int:
-    from dcc.runtime.container import WEIGHTS_MEMBER
-
     return artifact.member_offset(WEIGHTS_MEMBER)
 
 

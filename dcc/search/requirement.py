@@ -15,7 +15,6 @@ from dcc.errors import UsageError
 from dcc.quality import cosine, psnr, relative_l2, ssim
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Metric = Callable[[Array, Array], float]
 # Metrics that know the range of the data take it; whether more is better.
 KNOWN = {"psnr": True, "ssim": True, "cosine": True, "relative_l2": False}
 PATTERN = re.compile(r"\s*([\w.]+(?::\w+)?)\s*(>=|<=)\s*(\S+)\s*")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dcc.calibrate import calibrate, engine_contents, new_table
-from dcc.cost_model.table import CalibrationTable
+from dcc.cost_model.table import CalibrationTable, machine_of_this_process
 from dcc.cost_model.targets import compilable
 from dcc.errors import UsageError
 from dcc.ir.measurements import Declined, Measurements, Subject, subject_of
@@ -48,7 +50,7 @@ from dcc.search.laboratory import Laboratory
 from dcc.search.report import write_report
 from dcc.search.requirement import Requirement
 from dcc.search.store import Store
-from dcc.search.workers import MakeEvaluator, ProcessWorkers, RayWorkers, SerialWorkers, Workers
+from dcc.search.workers import ProcessWorkers, RayWorkers, SerialWorkers, Workers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Told = Callable[[str], None]
@@ -135,6 +137,9 @@ def search(
     if budget < 1 or images < 1:
         raise UsageError("the options of the search are out of range", got=f"budget {budget}, {images} images")
     compilable(target)
+    check_workers(processes, ray, model)
+    # What predicts them is known when the model is loaded; whether they can be kept at all, now.
+    limits = Limits(max_latency_ms, min_psnr, max_history_bytes, lambda _: 0.0, lambda _: 0)
     timer = StageClock(told)
     folder = Path(output)
     found = (folder / DATABASE).exists()
@@ -145,10 +150,16 @@ def search(
     start = time.perf_counter()
     given = Source(model, **source)
     images = min(images, given.max_batch)
-    prepared = prepare(given, 1, timer)
-    if prepared.program.sampler is not None and prepared.program.components:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dcc-search-", ignore_cleanup_errors=True) as work:
+    with ExitStack() as stack:
+        work = stack.enter_context(tempfile.TemporaryDirectory(prefix="dcc-search-", ignore_cleanup_errors=True))
+        make = functools.partial(_worker, given, conditions, images, str(folder.resolve()), work)
+        # A cluster that does not answer is found out before the model is loaded.
+        workers = _workers(make, processes, ray)
+        if workers is not None:
+            stack.enter_context(workers)
+        prepared = prepare(given, 1, timer)
+        if prepared.program.sampler is not None and prepared.program.components:
+            folder.mkdir(parents=True, exist_ok=True)
         with timer("exporting stages"):
             laboratory = Laboratory(
                 prepared.program, Path(work), images=images, held_out_images=min(2 * images, given.max_batch),
@@ -157,19 +168,17 @@ def search(
         table = calibrated(laboratory, folder, target, timer, kept=resume)
         subject = measured_subject(laboratory, folder, timer, kept=resume)
         evaluator = TrajectoryEvaluator(laboratory, table)
-        make: MakeEvaluator = functools.partial(
-            _worker, given, conditions, images, str(folder.resolve()), work
+        limits = replace(
+            limits, latency_of=evaluator.latency_ms, history_bytes_of=functools.partial(history_bytes, laboratory)
         )
-        limits = Limits(
-            max_latency_ms, min_psnr, max_history_bytes, evaluator.latency_ms,
-            functools.partial(history_bytes, laboratory),
-        )  # fmt: skip
         result = run(
             laboratory, subject, evaluator, folder, budget=budget, seed=seed, seeded=seeded, resume=resume,
-            workers=_workers(evaluator, make, processes, ray, model), limits=limits, progress=progress,
+            workers=workers, limits=limits, progress=progress,
         )  # fmt: skip
         with timer("measuring the front"):
-            front, grids = report_of(prepared, laboratory, subject, evaluator, result, Path(work), target, start, told)
+            front, grids = report_of(
+                prepared, laboratory, subject, evaluator, result, Path(work), target, start, told, limits
+            )
         with timer("writing the report"):
             write_report(front, folder, grids)
     return front
@@ -191,29 +200,26 @@ def run(
 ) -> Result:
     """The evolutionary search alone; evaluations lie in the folder."""
     program = laboratory.program
-    space = Space(
-        program.components, program.calls, guided=laboratory.guided, kinds=subject.kinds,
-        program="", sampler="",
-    )  # fmt: skip
+    space = Space(program.components, program.calls, guided=laboratory.guided, kinds=subject.kinds)
     first = seeds(subject) if seeded else []
     identity = {
-        "program": program.hash(), "sampler": sampler_digest(program.sampler), "seed": seed, "seeded": seeded,
+        "program": program.denoiser_hash(), "sampler": sampler_digest(program.sampler), "seed": seed, "seeded": seeded,
         "images": laboratory.search.images, "guidance": [program.guidance.mode, program.guidance.scale],
         "first": [schedule.digest() for schedule in first],
         "conditions": _digest_of(laboratory.search.conditions),
         "limits": None if limits is None else [limits.latency_ms, limits.psnr, limits.history_bytes],
     }  # fmt: skip
+    # Workers first: a cluster that they started is left also where the store refuses.
     with (
-        Store(folder / DATABASE, identity, budget, resume=resume) as store,
         workers or SerialWorkers(lambda: evaluator) as running,
+        Store(folder / DATABASE, identity, budget, resume=resume) as store,
     ):
         return evolve(space, first, running, store, Options(budget=budget, seed=seed), limits, progress)
 
 
 def searched(
-    prepared: Prepared, laboratory: Laboratory, folder: Path, budget: int, requirement: Requirement, target: str,
-    told: Told,
-) -> Iterator[Schedule]:  # fmt: skip
+    laboratory: Laboratory, folder: Path, budget: int, requirement: Requirement, target: str, told: Told
+) -> Iterator[Schedule]:
     """For `-O3`: the schedules of a front that keep the requirement on the search's requests, fastest first."""
     quiet: Clock = lambda _: nullcontext()  # noqa: E731
     table = calibrated(laboratory, folder, target, quiet)
@@ -250,8 +256,9 @@ def history_bytes(laboratory: Laboratory, schedule: Schedule) -> int:
 
 
 def _worker(
-    source: Source, conditions: Mapping[str, Any] | None, images: int, folder: str, parent: str
-) -> TrajectoryEvaluator:
+    source: Source, conditions: Mapping[str, Any] | None, images: int, folder: str, parent: str,
+    threads: int | None = None,
+) -> TrajectoryEvaluator:  # fmt: skip
     """The evaluator in another process or on another machine, made from the model's name."""
     prepared = prepare(source, 1)
     # On this machine inside the search's own folder, which goes with it: a worker is killed, not asked to tidy up.
@@ -259,22 +266,37 @@ def _worker(
     # The held-out images too: the range that PSNR is relative to must be the same in every process.
     laboratory = Laboratory(
         prepared.program, work, images=images, held_out_images=min(2 * images, source.max_batch),
-        conditions=conditions, own_process=True,
+        conditions=conditions, threads=threads, own_process=True,
     )  # fmt: skip
     return TrajectoryEvaluator(laboratory, CalibrationTable.load(Path(folder) / TABLE))
 
 
-def _workers(
-    evaluator: TrajectoryEvaluator, make: MakeEvaluator, processes: int, ray: str | None, model: Any
-) -> Workers:
-    if ray is None and processes == 1:
-        return SerialWorkers(lambda: evaluator)
-    if not isinstance(model, str | os.PathLike):
+def check_workers(processes: int, ray: str | None, model: Any) -> None:
+    """Raises UsageError for processes that cannot be, and for a model that other processes could not load."""
+    if processes < 1:
+        raise UsageError("a search needs workers", got=f"{processes} processes", want="1 or more")
+    if ray is not None and processes > 1:
+        raise UsageError(
+            "--ray and --processes exclude one another: the cluster says how many evaluations run at a time",
+            got=f"{processes} processes, ray {ray}", next="leave out one of them",
+        )  # fmt: skip
+    if ray is not None and importlib.util.find_spec("ray") is None:
+        raise UsageError("Ray is not installed", next="pip install 'dcc[dist]'")
+    if (ray is not None or processes > 1) and not isinstance(model, str | os.PathLike):
         raise UsageError(
             "other processes can only load a model that has a name", got=type(model).__name__,
             want="a path or package.module:factory", next="leave out processes and ray",
         )  # fmt: skip
-    return ProcessWorkers(make, processes) if ray is None else RayWorkers(make, address=ray)
+
+
+def _workers(make: Callable[..., TrajectoryEvaluator], processes: int, ray: str | None) -> Workers | None:
+    """None for evaluations in this process. Processors are divided: each evaluation would use them all."""
+    if ray is not None:
+        return RayWorkers(functools.partial(make, threads=1), address=ray, cpus=1)
+    if processes == 1:
+        return None
+    threads = max(1, machine_of_this_process().processors // processes)
+    return ProcessWorkers(functools.partial(make, threads=threads), processes)
 
 
 def calibrated(
@@ -324,15 +346,20 @@ def report_of(
     target: str,
     start: float,
     told: Told = lambda _: None,
+    limits: Limits | None = None,
 ) -> tuple[Front, dict[str, Array]]:
-    """The front as measured on held-out requests, beside the classic methods, and a grid of samples for each point."""
+    """The front as measured on held-out requests, beside the classic methods, and a grid of samples for each point.
+
+    The exact schedule is no point of the front where it breaks a limit.
+    """
     program = laboratory.program
-    identity: dict[str, Any] = {"program": program.hash(), "sampler": sampler_digest(program.sampler)}
+    identity: dict[str, Any] = {"program": program.denoiser_hash(), "sampler": sampler_digest(program.sampler)}
     exact = replace(full_schedule(program.components, program.calls), **identity)
-    wanted = [("search", replace(item.schedule, name=_name(item), **identity), item) for item in thinned(result.front)]
+    wanted = [("search", replace(item.schedule, name=item.origin, **identity), item) for item in thinned(result.front)]
     named = [(item.method, replace(item.schedule, **identity), None) for item in classics(subject)]
     listed: list[tuple[str, Schedule, Candidate | None]] = [("exact", exact, None), *wanted, *named]
     listed = list({schedule.digest(): (origin, schedule, item) for origin, schedule, item in reversed(listed)}.values())
+    names = told_apart([schedule for _, schedule, _ in listed])
     times, exact_ms = _times(laboratory, [schedule for _, schedule, _ in listed], told)
     plain = PlainSteps(prepared, laboratory, work)
     points, grids = [], {}
@@ -341,7 +368,7 @@ def report_of(
         _, decibels, structure = laboratory.quality(samples, laboratory.held_out)
         speedup = exact_ms / times[schedule.digest()] if origin != "exact" else 1.0
         point = Point(
-            name=schedule.name or origin, origin=origin, schedule=schedule,
+            name=names[schedule.digest()], origin=origin, schedule=replace(schedule, name=names[schedule.digest()]),
             latency_ms=times[schedule.digest()] if origin != "exact" else exact_ms, speedup=speedup,
             computed_share=computed_share(laboratory, schedule), psnr=decibels, ssim=structure,
             predicted_ms=evaluator.latency_ms(schedule),
@@ -351,22 +378,18 @@ def report_of(
         points.append(point)
         grids[point.digest] = _grid(samples)
         told(f"{point.name}: {speedup:.2f}x, {decibels:.2f} dB")
-    ours = [point for point in points if point.origin in ("search", "exact")]
-    best, rest = non_dominated(ours)
+    kept = {"search"} if limits is not None and limits.broken_before(exact) else {"search", "exact"}
+    best, rest = non_dominated([point for point in points if point.origin in kept])
     front = Front(
-        model=program.name, **identity_of(program), steps=program.sampler.steps, target=target,
-        batch=laboratory.search.images, exact_ms=exact_ms, points=best,
-        others=(*rest, *(point for point in points if point.origin not in ("search", "exact"))),
+        model=program.name, program=identity["program"], sampler=program.sampler.name, steps=program.sampler.steps,
+        target=target, batch=laboratory.search.images, exact_ms=exact_ms, points=best,
+        others=(*rest, *(point for point in points if point.origin not in kept)),
         guidance_scale=program.guidance.scale, seeds=laboratory.search.seeds, held_out=laboratory.held_out.seeds,
         evaluations=len(result.candidates), seconds=time.perf_counter() - start,
         history=tuple(HistoryRow(row.evaluations, row.hypervolume, dict(row.best)) for row in result.history),
         notes={"data_range": laboratory.data_range},
     )  # fmt: skip
     return front, grids
-
-
-def identity_of(program: Any) -> dict[str, Any]:
-    return {"program": program.hash(), "sampler": program.sampler.name}
 
 
 def thinned(front: Sequence[Candidate], most: int = FRONT_POINTS) -> list[Candidate]:
@@ -397,8 +420,18 @@ def _times(laboratory: Laboratory, schedules: Sequence[Schedule], told: Told) ->
     return found, middle
 
 
-def _name(item: Candidate) -> str:
-    return f"{item.origin} {item.schedule.digest()[:8]}" if item.origin == "search" else item.origin
+def told_apart(schedules: Sequence[Schedule]) -> dict[str, str]:
+    """A name for each schedule by its digest: its own, with the beginning of the digest where others have it too.
+
+    What the search made has no name but "search".
+    """
+    names = Counter(schedule.name for schedule in schedules)
+    return {
+        schedule.digest(): f"{schedule.name} {schedule.digest()[:8]}"
+        if names[schedule.name] > 1 or schedule.name == "search"
+        else schedule.name
+        for schedule in schedules
+    }
 
 
 def _grid(samples: Array, most: int = 16) -> Array:

@@ -54,7 +54,6 @@ def test_slower_schedules_follow(laboratory: Laboratory, check: Requests) -> Non
 def test_an_impossible_requirement_leaves_nothing(laboratory: Laboratory, check: Requests) -> None:
     search = searching(laboratory, check, "psnr>=1000000")
     assert list(search.candidates()) == []
-    assert np.isfinite(search.best_value())
 
 
 @pytest.mark.parametrize("metric", ["psnr", "relative_l2"])

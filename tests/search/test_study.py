@@ -88,7 +88,7 @@ def test_the_report_is_in_the_folder(front: Front, folder: Path) -> None:
 
 
 def test_the_front_says_what_it_is_of(front: Front, laboratory: Laboratory) -> None:
-    assert front.program == laboratory.program.hash()
+    assert front.program == laboratory.program.denoiser_hash()
     assert (front.sampler, front.steps, front.target, front.batch) == ("ddim", 5, "cpu", 2)
     assert front.seeds == (SEARCH_SEED, SEARCH_SEED + 1)
     assert front.held_out == tuple(range(HELD_OUT_SEED, HELD_OUT_SEED + 4))
