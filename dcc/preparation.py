@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,6 @@ class Prepared:
 
     def with_steps(self, steps: int) -> Prepared:
         """The same Program under another number of steps of its sampler."""
-        from dataclasses import replace
-
         source = replace(self.source, steps=steps)
         table = sampler_of(self.loaded, source.sampler, steps, dict(source.sampler_options or {}))
         program = replace(self.program, sampler=table, schedule=None, measurements=None)
@@ -197,6 +195,7 @@ def manifest_of(program: Program, plan: Plan, digest: str, target: str, recipe: 
         "program_hash": digest,
         "target": target,
         "plan": plan,
+        "layers": [],
         "sampler": None if program.sampler is None else program.sampler.to_json(),
         "guidance": {"mode": guidance.mode, "scale": guidance.scale, "channels": guidance.channels},
         "report": {"passes": [asdict(report) for report in program.reports]},

@@ -130,7 +130,7 @@ class ArtifactWriter:
             file.close()
             self._temporary.replace(self.path)
         self._finished = True
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _discard(self) -> None:
         """Nothing is left beside the target."""
@@ -222,7 +222,7 @@ class ArtifactWriter:
         )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename survives a crash, on file systems that can promise it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

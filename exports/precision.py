@@ -21,7 +21,7 @@ it is not set; the softmax of a fused kernel is TensorRT's own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,11 +62,15 @@ class PrecisionRecord:
 
 @dataclass(frozen=True)
 class Typed:
-    """A strongly typed engine: `model` declares its large weights, `weight(name)` is one of them in that type."""
+    """A strongly typed engine: `model` declares its large weights, `weight(name)` is one of them in that type.
+
+    `origins` says which weight of the engine that was given a declared one is, and its type now.
+    """
 
     model: ModelProto
     record: PrecisionRecord
     weight: Callable[[str], np.ndarray]
+    origins: Mapping[str, tuple[str, int]]
 
     def declared(self) -> list[str]:
         """Names of the weights that the model does not contain."""
@@ -105,7 +109,7 @@ def strongly_typed(model: ModelProto, dtype: str, weights: Callable[[str], np.nd
     result = ModelProto()
     result.CopyFrom(_shell(model))
     result.graph.CopyFrom(typed.graph)
-    return Typed(result, typed.record(dtype), typed.weight)
+    return Typed(result, typed.record(dtype), typed.weight, typed.origins)
 
 
 def _precisions(facts: Facts) -> dict[str, bool]:
@@ -141,7 +145,7 @@ class _Writer:
         self._spelt: dict[tuple[str, int], str] = {}
         self._wanted: dict[str, set[int]] = {}
         self._casts: list[str] = []
-        self._origins: dict[str, tuple[str, int]] = {}
+        self.origins: dict[str, tuple[str, int]] = {}
 
     def write(self) -> _Writer:
         self.graph.input.extend(self._facts.graph.input)
@@ -157,7 +161,7 @@ class _Writer:
         return self
 
     def weight(self, name: str) -> np.ndarray:
-        return self._facts.weights.converted(*self._origins[name])
+        return self._facts.weights.converted(*self.origins[name])
 
     def record(self, dtype: str) -> PrecisionRecord:
         kept: dict[str, list[str]] = {}
@@ -219,7 +223,7 @@ class _Writer:
         wanted = sorted(self._wanted.get(tensor.name, ())) or [tensor.data_type]
         for to in wanted:
             name = self._read(tensor.name, to) if len(wanted) > 1 else tensor.name
-            self._origins[name] = tensor.name, to
+            self.origins[name] = tensor.name, to
             copy = self.graph.initializer.add(name=name, data_type=to, dims=tensor.dims)
             if is_external(tensor):
                 copy.data_location = TensorProto.EXTERNAL

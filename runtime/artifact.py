@@ -32,6 +32,7 @@ import numpy as np
 
 from dcc.errors import ArtifactError, UsageError
 from dcc.runtime.container import WEIGHTS_MEMBER, Member, read_members
+from dcc.runtime.layers import Layer, layers_from_json
 from dcc.runtime.manifest import MANIFEST_LIMIT, MANIFEST_MEMBER, read_manifest
 from dcc.runtime.plan import EngineSpec, Plan, WeightSpec, plan_from_json
 from dcc.runtime.strict_json import shown
@@ -86,10 +87,12 @@ class Artifact:
         members: dict[str, Member],
         manifest: dict[str, Any],
         plan: Plan,
+        layers: tuple[Layer, ...] = (),
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.plan = plan
+        self.layers = layers
         self._identity = identity
         self._members = members
         self._weights = {weight.name: weight for weight in plan.weights}
@@ -109,14 +112,20 @@ class Artifact:
             _check_table(members, manifest["members"])
             plan = plan_from_json(manifest["plan"])
             _check_bounds(plan, members)
+            layers = layers_from_json(manifest["layers"], {engine.name: engine for engine in plan.engines}, members)
             for name in _names_to_hash(members, check):
                 _check_content(file, members[name], manifest["members"][name]["sha256"])
-        return cls(real, _identity(status), members, manifest, plan)
+        return cls(real, _identity(status), members, manifest, plan, layers)
 
     @property
     def folder(self) -> str:
         """Where the file lies: ONNX Runtime's `session.model_external_initializers_file_folder_path`."""
         return str(Path(self.path).parent)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All members in the order of the file."""
+        return tuple(self._members.values())
 
     def member_offset(self, name: str) -> int:
         """Absolute offset of a member's first byte in the file."""
@@ -148,7 +157,15 @@ class Artifact:
     def engine_model(self, engine: str) -> bytes:
         """The ONNX model of an engine, its external data located in this very file under its present name."""
         spec = self._engine(engine)
-        model = self.read(spec.member)
+        return self._located(self.read(spec.member), spec)
+
+    def layer_graph(self, layer: Layer, engine: str) -> bytes:
+        """The strongly typed model of an engine in a layer; its weights are those of the portable one."""
+        return self._located(self.read(layer.graphs[engine]), self._engine(engine))
+
+    def _located(self, model: bytes, spec: EngineSpec) -> bytes:
+        """The model with its external data in this very file."""
+        engine = spec.name
         placeholder = EXTERNAL_LOCATION_PLACEHOLDER.encode("ascii")
         if (placeholder in model) != bool(spec.weights):
             raise _damaged(

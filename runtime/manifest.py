@@ -16,14 +16,14 @@ MANIFEST_LIMIT = 16 * 2**20
 TEXT_LIMIT = 512
 
 # What the compiler says; `format` and `members` are added by the writer. `sampler`, `report` and `recipe` are
-# opaque here: `dcc.runtime.sampler` reads the first, people read the others.
-FIELDS = ("name", "program_hash", "target", "plan", "sampler", "guidance", "report", "recipe", "tools")
+# opaque here: `dcc.runtime.sampler` reads the first, people read the others. `layers` is read by `dcc.runtime.layers`.
+FIELDS = ("name", "program_hash", "target", "plan", "layers", "sampler", "guidance", "report", "recipe", "tools")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_manifest(data: bytes) -> dict[str, Any]:
-    """The manifest in these bytes. Every field but the plan and the opaque ones has been checked."""
+    """The manifest in these bytes. Every field but the plan, the layers and the opaque ones has been checked."""
     value = parse_json(data, MANIFEST_MEMBER)
     if not isinstance(value, dict) or type(value.get("format")) is not int:
         _refuse("format", value, "an object with an integer format")

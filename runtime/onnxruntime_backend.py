@@ -81,8 +81,13 @@ class OnnxRuntimeBackend:
         low_memory: bool = False,
         own_process: bool = False,
         several: bool = False,
+        optimize: bool = True,
     ) -> None:
-        """`several` says that a step will have several engines although the artifact's has one."""
+        """`several` says that a step will have several engines although the artifact's has one.
+
+        Without `optimize` every node runs as it is written.
+        """
+        self._optimize = optimize
         self._artifact = artifact
         self._threads = default_threads() if threads is None else threads
         self._low_memory = low_memory
@@ -105,6 +110,10 @@ class OnnxRuntimeBackend:
         if placeholder not in model:
             self._light.add(engine)
         self._models[engine] = model.replace(placeholder, external_location(Path(self._artifact.path).name))
+
+    def model(self, engine: str) -> bytes:
+        """The engine's ONNX model, its weights located in the artifact."""
+        return self._models.get(engine) or self._artifact.engine_model(engine)
 
     def session(self, engine: str) -> Any:
         """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
@@ -137,9 +146,10 @@ class OnnxRuntimeBackend:
             entries["session.disable_prepacking"] = "1"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
-        model = self._models.get(engine) or self._artifact.engine_model(engine)
+        if not self._optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(self.model(engine), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own family of types
             raise ExecutionError(
                 "ONNX Runtime refuses an engine of the artifact", at=engine, got=str(error).splitlines()[0][:300],

@@ -113,6 +113,7 @@ def manifest_fields(plan: Plan | dict[str, Any]) -> dict[str, Any]:
         "program_hash": "0" * 64,
         "target": "cpu",
         "plan": plan,
+        "layers": [],
         "sampler": {"kind": "opaque", "rows": [0.5, 1.5]},
         "guidance": {"mode": "cfg", "scale": 3.0, "channels": None},
         "report": {"passes": ["hoist"], "unicode": "é漢"},

@@ -18,17 +18,17 @@ import onnx
 import onnxruntime
 import pytest
 from compiled import relative_difference
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from dcc.errors import ExportError
 from dcc.exports.precision import REDUCED, Typed, strongly_typed
 from dcc.exports.precision_rules import MOVEMENTS, RULES
+from dcc.exports.typed_graphs import rounded, types_of
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.plan import EngineSpec
 from dcc.tolerances import TOLERANCE
 
 FAMILIES = ("dit", "pixart", "sd3", "flux", "wan")
-MANTISSA_BITS = {"float16": 11, "bfloat16": 8}
 NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
 # A block as lowering writes it: modulation from a condition, attention, a gate, and an MLP.
@@ -107,15 +107,6 @@ def typed_engines(path: Path, dtype: str) -> Iterator[tuple[EngineSpec, ModelPro
         yield engine, model, typed
 
 
-def types_of(model: ModelProto) -> dict[str, int]:
-    """The type of every value, by strict inference."""
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = (*graph.value_info, *graph.input, *graph.output)
-    return {value.name: value.type.tensor_type.elem_type for value in values} | {
-        tensor.name: tensor.data_type for tensor in graph.initializer
-    }
-
-
 def show(model: ModelProto) -> str:
     """The nodes with the types of what they give, and the types of the weights."""
     types = types_of(model)
@@ -129,36 +120,6 @@ def show(model: ModelProto) -> str:
     ]
     lines += [f"weight {tensor.name}: {spelt(tensor.name)}" for tensor in model.graph.initializer]
     return "\n".join(lines) + "\n"
-
-
-def rounded(model: ModelProto, dtype: str) -> ModelProto:
-    """The typed model in float32 alone, its values of the reduced type rounded to that type's mantissa."""
-    types, reduced = types_of(model), REDUCED[dtype]
-    result = ModelProto()
-    result.CopyFrom(model)
-    del result.graph.node[:]
-    for tensor in result.graph.initializer:
-        if tensor.data_type == reduced:
-            array = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    # Veltkamp's splitting: adding x * 2 ** n and taking it off again leaves x without its last n bits, rounded.
-    splitter = np.float32(2 ** (24 - MANTISSA_BITS[dtype]) + 1)
-    result.graph.initializer.append(numpy_helper.from_array(splitter, "splitter"))
-    for node in model.graph.node:
-        copy = result.graph.node.add()
-        copy.CopyFrom(node)
-        if node.op_type == "Cast" and types.get(node.input[0]) in NAMES and types.get(node.output[0]) in NAMES:
-            copy.CopyFrom(helper.make_node("Identity", node.input, node.output))
-        for index, name in enumerate(node.output):
-            if types.get(name) == reduced:
-                exact, product, surplus = (f"{name}/{part}" for part in ("exact", "product", "surplus"))
-                copy.output[index] = exact
-                result.graph.node.extend((
-                    helper.make_node("Mul", [exact, "splitter"], [product]),
-                    helper.make_node("Sub", [product, exact], [surplus]),
-                    helper.make_node("Sub", [product, surplus], [name]),
-                ))  # fmt: skip
-    return result
 
 
 def run(model: ModelProto, inputs: Mapping[str, np.ndarray], as_written: bool = False) -> Sequence[np.ndarray]:
