@@ -100,8 +100,8 @@ def compile(
     is a schedule or a file of one; `pick` chooses from a front, `transfer` (nearest or interval) moves one of other
     steps or another sampler. Schedules are tried out on `images` images and checked on others; `conditions` are needed
     where the model has some that are not classes. `own_process` as in `dcc.runtime.load`. The artifact is checked
-    before it gets its name; nothing is left behind otherwise. Raises a
-    DccError of the stage that failed, QualityError where the requirement is missed.
+    before it gets its name; nothing is left behind otherwise. Raises a DccError of the stage that failed, QualityError
+    where the requirement is missed.
     """
     _check_options(target, opt_level, granularity, max_batch, guidance)
     _check_schedule_options(opt_level, require, schedule, pick, transfer, budget, images)

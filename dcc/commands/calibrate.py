@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcc.commands import options
-from dcc.commands.terminal import Stages, flops, print_json, print_table, say, size, stdout_reserved
+from dcc.commands.terminal import Stages, flops, notice, print_json, print_table, say, size, stdout_reserved
 from dcc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,12 +85,17 @@ def calibrate(
 
 def _known(kind: type[CalibrationTable], path: Path, fresh: CalibrationTable) -> CalibrationTable:
     """What was measured before on this machine and is at `path`; a table of another machine is replaced."""
+    if not path.exists():
+        return fresh
     try:
         known = kind.load(path)
-    except UsageError:
+    except UsageError as error:
+        notice(f"the calibration table {path} is damaged and is replaced: {error.details.get('got', error.what)}")
         return fresh
-    same = (known.machine, known.target, known.own_process) == (fresh.machine, fresh.target, fresh.own_process)
-    return known if same else fresh
+    if (known.machine, known.target, known.own_process) != (fresh.machine, fresh.target, fresh.own_process):
+        notice(f"the calibration table {path} is of another machine and is replaced")
+        return fresh
+    return known
 
 
 def _engines(

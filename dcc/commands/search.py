@@ -77,7 +77,10 @@ def search(
     else:
         show_front(front)
         say(f"report  {folder / 'index.html'}")
-        say(f"next    dcc compile {model} --schedule {folder / 'front.json'} --pick 2x")
+        if front.points:
+            say(f"next    dcc compile {model} --schedule {folder / 'front.json'} --pick 2x")
+        else:
+            say("next    wider limits, or a larger --budget: no schedule keeps the limits")
 
 
 def progress_text(state: Progress) -> str:
