@@ -8,14 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile", "search"]
+__all__ = ["__version__", "build", "compile", "search"]
 
 if TYPE_CHECKING:
+    from dcc.build import build
     from dcc.driver import compile
     from dcc.search import search
 
 
 def __getattr__(name: str) -> Any:
+    if name == "build":
+        from dcc.build import build
+
+        return build
     if name == "compile":
         from dcc.driver import compile
 

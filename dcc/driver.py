@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dcc.cost_model.targets import compilable
+from dcc.build import check_destination
+from dcc.cost_model.targets import Target, dtype_for, targets_named
 from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.lower import GRANULARITIES, lower
@@ -31,6 +32,8 @@ from dcc.runtime.loaded import load
 from dcc.tolerances import TOLERANCE
 
 if TYPE_CHECKING:
+    from dcc.exports.layers import LayerRequest
+    from dcc.runtime.layers import Layer
     from dcc.search.choose import Chosen
 
 LARGE_WEIGHTS = 1 << 30
@@ -44,7 +47,8 @@ ProgressReport = Callable[[str], None]
 class CompileReport:
     """What was made and what each pass did; `forward_error` is the largest difference over the output's range.
 
-    `schedule` says what the artifact's schedule is worth, measured; None for an exact artifact.
+    `schedule` says what the artifact's schedule is worth, measured; None for an exact artifact. `layers` are the
+    engines beside the portable ones, `predictions` the latency on targets that need not be here, and what it rests on.
     """
 
     path: str
@@ -59,6 +63,8 @@ class CompileReport:
     engines: int
     passes: list[dict[str, Any]] = field(default_factory=list)
     schedule: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +75,8 @@ def compile(
     *,
     output: str | os.PathLike[str] = "model.dcc",
     target: str = "cpu",
+    dtype: str | None = None,
+    backend: str | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
     roles: Mapping[str, str] | None = None,
     arch: str | None = None,
@@ -88,11 +96,16 @@ def compile(
     conditions: Mapping[str, Any] | None = None,
     max_batch: int = 64,
     granularity: str = "step",
+    engine_cache: bool = True,
     trust_pickle: bool = False,
     own_process: bool = False,
     progress: ProgressReport = lambda _: None,
 ) -> CompileReport:
     """An artifact at `output` that samples, without torch, what the model samples.
+
+    `target` is one or more of `dcc targets`, with commas between them: the artifact runs on a processor in any case,
+    and has engines in `dtype` (by default the target's own) for the `backend` of each GPU. `engine_cache` keeps built
+    engines for the next compile.
 
     `model` is a module, an ExportedProgram, or anything `dcc.frontend.load` reads; `Source` says more of the sampler
     and guidance. `opt_level` 0 traces and lowers, 1 runs the exact passes, 2 adds a calibrated schedule within
@@ -103,21 +116,23 @@ def compile(
     before it gets its name; nothing is left behind otherwise. Raises a DccError of the stage that failed, QualityError
     where the requirement is missed.
     """
-    _check_options(target, opt_level, granularity, max_batch, guidance)
+    _check_options(opt_level, granularity, max_batch, guidance)
+    targets = targets_named(target)
+    requests = _layers_for(targets, dtype, backend)
     _check_schedule_options(opt_level, require, schedule, pick, transfer, budget, images)
     clock = StageClock(progress)
     destination = Path(output)
-    _check_destination(destination)
+    check_destination(destination)
     source = Source(
         model, example_inputs, roles, arch, sampler, steps, sampler_options, guidance, guidance_scale, lora,
         max_batch, trust_pickle,
     )  # fmt: skip
     prepared = prepare(source, opt_level, clock)
     program, loaded = prepared.program, prepared.loaded
-    digest = program.hash()
+    digest, parameters = program.hash(), loaded.parameters
     table, guide = program.sampler, program.guidance
     recipe = {
-        "source": loaded.source, "target": target, "opt_level": opt_level,
+        "source": loaded.source, "target": target, "dtype": dtype, "backend": backend, "opt_level": opt_level,
         "sampler": None if table is None else table.name, "steps": None if table is None else table.steps,
         "guidance": guide.mode, "guidance_scale": guide.scale, "granularity": granularity, "require": require,
         **source.recipe(),
@@ -146,6 +161,13 @@ def compile(
             # A pruned component is missing in a single forward as well.
             pruned = any(action.kind == "skip" for action in program.schedule.actions[0]) if program.schedule else False
             error = float("nan") if pruned else check_forward(partial, program, loaded)
+        passes = [asdict(report) for report in program.reports]
+        predictions = predict_targets(partial, program, targets, dtype, min(images, max_batch))
+        layers: list[Layer] = []
+        if requests:
+            # What builds the engines needs the memory.
+            del prepared, program, loaded
+            layers = _add_layers(partial, requests, engine_cache, predictions, clock, progress)
         partial.replace(destination)
     except OSError as failure:
         raise ExportError(
@@ -155,15 +177,61 @@ def compile(
         partial.unlink(missing_ok=True)
     return CompileReport(
         path=str(destination), program_hash=digest, target=target, opt_level=opt_level,
-        parameters=loaded.parameters, size_bytes=destination.stat().st_size, seconds=clock.seconds,
+        parameters=parameters, size_bytes=destination.stat().st_size, seconds=clock.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, forward_error=error,
-        engines=len(plan.engines), passes=[asdict(report) for report in program.reports],
-        schedule=None if chosen is None else chosen.worth,
+        engines=len(plan.engines), passes=passes, schedule=None if chosen is None else chosen.worth,
+        layers=[layer.to_json() for layer in layers], predictions=predictions,
     )  # fmt: skip
 
 
-def _check_options(target: str, opt_level: int, granularity: str, max_batch: int, guidance: str) -> None:
-    compilable(target)
+def _layers_for(targets: Sequence[Target], dtype: str | None, backend: str | None) -> list[LayerRequest]:
+    """What the targets ask for beside the portable layer, which can be built here, and nothing that cannot."""
+    if all(target.capability is None for target in targets):
+        for target in targets:
+            dtype_for(target, dtype)
+            if backend not in (None, *target.backends):
+                want = ", ".join(target.backends)
+                raise UsageError(f"the target '{target.name}' has no backend {backend}", want=want)
+        return []
+    from dcc.exports.layers import layer_requests, library_for
+
+    requests = layer_requests(targets, dtype, backend)
+    for request in requests:
+        library_for(request)
+    return requests
+
+
+def _add_layers(
+    path: Path, requests: Sequence[LayerRequest], engine_cache: bool, predictions: list[dict[str, Any]],
+    clock: StageClock, progress: ProgressReport,
+) -> list[Layer]:  # fmt: skip
+    from dcc.exports.engine_cache import EngineCache, default_folder
+    from dcc.exports.layers import BuildOptions, add_layers, default_workers
+
+    options = BuildOptions(default_workers(), EngineCache(default_folder()) if engine_cache else None)
+    with clock("making layers for " + ", ".join(name for request in requests for name in request.targets)):
+        return add_layers(path, requests, options=options, told=progress, report={"predictions": predictions})
+
+
+def predict_targets(
+    path: Path, program: Program, targets: Sequence[Target], dtype: str | None, images: int
+) -> list[dict[str, Any]]:
+    """Latency of one generation on each GPU, for one image and for `images`, from its data sheet."""
+    gpus = [target for target in targets if target.capability is not None]
+    if not gpus or program.sampler is None:
+        return []
+    from dcc.search.choose import predicted_generation
+
+    large = path.stat().st_size > LARGE_WEIGHTS
+    artifact = load(path, low_memory=True, check="fast" if large else "auto")
+    return [
+        predicted_generation(program, artifact, target, count, dtype).to_json()
+        for target in gpus
+        for count in dict.fromkeys((1, images))
+    ]
+
+
+def _check_options(opt_level: int, granularity: str, max_batch: int, guidance: str) -> None:
     if opt_level not in OPT_LEVELS:
         want = "0 (trace and lower), 1 (exact passes), 2 (calibrated schedule) or 3 (search)"
         raise UsageError(f"unknown optimisation level {opt_level}", want=want)
@@ -196,23 +264,6 @@ def _check_schedule_options(
         from dcc.search.requirement import Requirement
 
         Requirement.parse(require)
-
-
-def _check_destination(destination: Path) -> None:
-    """Fail before the work is done, not after."""
-    folder = destination.parent
-    if destination.is_dir():
-        raise ExportError("the output is a directory", at=destination, want="the name of a file")
-    if not folder.is_dir():
-        raise ExportError("the output folder does not exist", at=folder, next=f"mkdir -p {folder}")
-    probe = folder / f".{os.getpid():x}.dcc-writable"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ExportError(
-            "the output folder cannot be written", at=folder, got=error, next="choose another -o"
-        ) from error
 
 
 def check_forward(path: Path, program: Program, loaded: LoadedModel) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import onnx
 
+from dcc.cost_model.local_device import Device
 from dcc.cost_model.targets import Target, dtype_for
 from dcc.errors import ExportError, UsageError
 from dcc.exports.artifact_extension import ArtifactExtension
@@ -25,7 +27,7 @@ from dcc.exports.engine_workers import build_all
 from dcc.exports.layer_check import LayerCheck, check_layer
 from dcc.exports.network_record import NetworkRecord, check_network, layer_counts
 from dcc.exports.precision import Typed, strongly_typed
-from dcc.exports.tensorrt_builder import BuildCost, BuilderOptions, BuildRequest, TensorRt
+from dcc.exports.tensorrt_builder import BuildCost, BuilderOptions, BuildRequest, TensorRt, check_capabilities
 from dcc.exports.typed_graphs import linked, with_weights_in_file
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
 from dcc.runtime.layers import Layer
@@ -33,6 +35,7 @@ from dcc.runtime.plan import EngineSpec, Plan
 from dcc.runtime.workspace import TABLE_ROWS
 
 TYPICAL_IMAGES = 4
+SECONDS_BETWEEN_LINES = 10.0
 WEIGHT_PREFIX = "w/"
 
 Told = Callable[[str], None]
@@ -102,26 +105,36 @@ def layer_requests(
     ]  # fmt: skip
 
 
+def on_this_device(request: LayerRequest, device: Device | None) -> LayerRequest:
+    """The request, to be built here where its backend builds for the GPU that is there, and this is it."""
+    here = device is not None and request.capabilities == (device.capability,) and request.backend == "tensorrt"
+    return replace(request, device=device.name) if device is not None and here else request
+
+
 def add_layers(
     path: Path,
     requests: Sequence[LayerRequest],
     output: Path | None = None,
     options: BuildOptions | None = None,
     told: Told = lambda _: None,
+    report: Mapping[str, Any] | None = None,
 ) -> list[Layer]:
     """The artifact at `output` (by default `path`) has these layers beside those it had; returns the new ones.
 
-    A layer of the same name is replaced. Nothing is left behind where something fails. Raises ExportError of the stage
-    that failed.
+    A layer of the same name is replaced; where one that is there serves a request as it is, it only learns the names of
+    the targets. `report` is added to the artifact's. Nothing is left behind where something fails. Raises ExportError
+    of the stage that failed.
     """
     options = options or BuildOptions()
     artifact = Artifact.open(path)
+    covered = {request: found for request in requests if (found := _covering(artifact, request)) is not None}
+    requests = [request for request in requests if request not in covered]
     names = {request.name for request in requests}
     replaced = [layer for layer in artifact.layers if layer.name in names]
-    kept = [layer for layer in artifact.layers if layer.name not in names]
+    kept = [_also_for(layer, covered) for layer in artifact.layers if layer.name not in names]
     drop = {member for layer in replaced for member in layer.members()}
     made = []
-    libraries = {request.backend: _library(request) for request in requests}
+    libraries = {request.backend: library_for(request) for request in requests}
     prepared = {}
     for request in requests:
         told(f"choosing precisions for {request.dtype}")
@@ -150,6 +163,7 @@ def add_layers(
             made.append(replace(layer, records=records, summary=summary))
         extension.finish({
             "layers": [layer.to_json() for layer in (*kept, *made)],
+            "report": {**(artifact.manifest["report"] or {}), **(report or {})},
             "tools": artifact.manifest["tools"] | {"onnx": onnx.__version__}
             | {name: library.version for name, library in libraries.items() if library is not None},
         })  # fmt: skip
@@ -172,11 +186,35 @@ class _Built:
     cost: BuildCost
 
 
-def _library(request: LayerRequest) -> TensorRt | None:
-    """What builds the engines now; None where the device that loads them does. Raises ExportError if it is missing."""
+def library_for(request: LayerRequest) -> TensorRt | None:
+    """What builds the engines now; None where the device that loads them does.
+
+    Raises ExportError where it is missing, too old, or does not build for these capabilities.
+    """
     if request.backend == "tensorrt-rtx":
-        return TensorRt.find("tensorrt-rtx")
+        try:
+            library = TensorRt.find("tensorrt-rtx")
+        except ExportError as error:
+            advice = f"{error.details['next']}; or --backend tensorrt, which builds where the artifact is loaded"
+            raise ExportError(error.what, **error.details | {"next": advice}) from error
+        check_capabilities(request.capabilities, library, f"layer {request.name}")
+        return library
     return TensorRt.find("tensorrt") if request.backend == "tensorrt" and request.device else None
+
+
+def _covering(artifact: Artifact, request: LayerRequest) -> Layer | None:
+    """A layer of the artifact that serves the request: of the same kind, for its capabilities and more."""
+    for layer in artifact.layers:
+        same = (layer.backend, layer.dtype, layer.device) == (request.backend, request.dtype, request.device)
+        missing = not set(request.targets) <= set(layer.targets)
+        if same and missing and layer.engines and set(request.capabilities) <= set(layer.capabilities):
+            return layer
+    return None
+
+
+def _also_for(layer: Layer, covered: Mapping[LayerRequest, Layer]) -> Layer:
+    names = [name for request, found in covered.items() if found is layer for name in request.targets]
+    return replace(layer, targets=tuple(dict.fromkeys((*layer.targets, *names))))
 
 
 def _typed_engines(artifact: Artifact, dtype: str) -> dict[str, _TypedEngine]:
@@ -215,7 +253,6 @@ def _with_engines(
     """The layer with its engines in the file; what is returned of them has no bytes."""
     members: dict[str, str] = {}
     built: dict[str, _Built] = {}
-    title = f"building {len(typed)} {request.backend} engines"
     with _weights_folder() as folder:
         builds = []
         for name, engine in typed.items():
@@ -224,17 +261,32 @@ def _with_engines(
                 name, model.SerializeToString(), request.capabilities, rows_of(plan, engine.spec), folder,
                 options.builder, request.device,
             ))  # fmt: skip
-
-        def report(name: str, done: float) -> None:
-            told(f"{title}: {name}, {done:.0%}")
-
-        with closing(build_all(builds, library, options.workers, report, options.cache)) as engines:
+        progress = _BuildProgress(request, len(typed), told)
+        with closing(build_all(builds, library, options.workers, progress, options.cache)) as engines:
             for made in engines:
                 check_network(made.record, typed[made.name].spec)
                 members[made.name] = f"layers/{request.name}/{made.name}.engine"
                 extension.add_member(members[made.name], made.data)
                 built[made.name] = _Built(len(made.data), made.record, made.cost)
     return replace(layer, engines=members, version=library.version), built
+
+
+class _BuildProgress:
+    """Tells of each engine once, and again every few seconds: the library's monitor speaks many times a second."""
+
+    def __init__(self, request: LayerRequest, count: int, told: Told) -> None:
+        self._title = f"building {request.backend} engines for {', '.join(request.targets)}"
+        self._count, self._told = count, told
+        self._names: dict[str, float] = {}
+        self._spoken = 0.0
+
+    def __call__(self, name: str, done: float) -> None:
+        new = name not in self._names
+        self._names[name] = done
+        if new or time.monotonic() - self._spoken > SECONDS_BETWEEN_LINES:
+            self._spoken = time.monotonic()
+            finished = sum(value >= 1.0 for value in self._names.values())
+            self._told(f"{self._title}: {name} {done:.0%}, {finished} of {self._count} done")
 
 
 def rows_of(plan: Plan, engine: EngineSpec) -> tuple[int, int, int] | None:

@@ -11,7 +11,7 @@ import importlib
 import re
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -174,19 +174,24 @@ def serialize(
 def check_request(request: BuildRequest, library: TensorRt) -> None:
     """Raises ExportError where the library cannot do what the request asks, whatever the model."""
     at = f"engine {request.name}"
-    unknown = sorted(set(request.capabilities) - set(library.capabilities))
-    if library.capabilities and (unknown or not request.capabilities):
-        raise ExportError(
-            f"{TITLES[library.flavour]} {library.version} does not build for this compute capability", at=at,
-            got=", ".join(map(str, unknown)) or "none", want=", ".join(map(str, library.capabilities)),
-            next="choose another target, or build on the GPU itself with pip install 'dcc[tensorrt]'",
-        )  # fmt: skip
+    check_capabilities(request.capabilities, library, at)
     if not library.capabilities and not request.device:
         raise ExportError("this library builds for the GPU that is there", at=at, want="the GPU's name as `device`")
     if request.rows is not None and not 1 <= request.rows[0] <= request.rows[1] <= request.rows[2]:
         raise ExportError(
             "a batch profile is not in order", at=at, got=request.rows, want="1 <= least <= typical <= most"
         )
+
+
+def check_capabilities(capabilities: Sequence[int], library: TensorRt, at: str) -> None:
+    """Raises ExportError where the library builds for some capabilities, and these are not among them."""
+    unknown = sorted(set(capabilities) - set(library.capabilities))
+    if library.capabilities and (unknown or not capabilities):
+        raise ExportError(
+            f"{TITLES[library.flavour]} {library.version} does not build for this compute capability", at=at,
+            got=", ".join(map(str, unknown)) or "none", want=", ".join(map(str, library.capabilities)),
+            next="choose another target, or build on the GPU itself with pip install 'dcc[tensorrt]'",
+        )  # fmt: skip
 
 
 def request_key(request: BuildRequest, library: TensorRt) -> str:

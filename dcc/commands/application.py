@@ -8,6 +8,7 @@ import typer
 
 import dcc
 from dcc.commands.bench import bench
+from dcc.commands.build import build
 from dcc.commands.calibrate import calibrate
 from dcc.commands.compile import compile_model
 from dcc.commands.inspect import inspect
@@ -45,6 +46,6 @@ def options(
     # `--traceback` is taken from the command line before typer reads it; here it is only documented.
 
 
-for verb in (search, calibrate, run, verify, bench, inspect, targets, passes, samplers):
+for verb in (build, search, calibrate, run, verify, bench, inspect, targets, passes, samplers):
     application.command()(verb)
 application.command("compile")(compile_model)

@@ -20,7 +20,9 @@ def compile_model(
         str, typer.Argument(help="A .pt, .safetensors, .pt2, diffusers folder or package.module:factory.")
     ],
     output: Annotated[str, typer.Option("-o", "--output", help="The artifact to write.")] = "model.dcc",
-    target: Annotated[str, typer.Option(help="A name of `dcc targets`.")] = "cpu",
+    target: options.TargetsOption = "cpu",
+    dtype: options.DtypeOption = None,
+    backend: options.BackendOption = None,
     opt_level: Annotated[
         int,
         typer.Option(
@@ -51,6 +53,7 @@ def compile_model(
     role: options.RoleOption = None,
     max_batch: Annotated[int, typer.Option(help="Most images in one request.")] = 64,
     granularity: Annotated[str, typer.Option(help="step (one engine) or component.")] = "step",
+    engine_cache: options.EngineCacheOption = True,
     trust_pickle: options.TrustOption = False,
     as_json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
@@ -65,12 +68,13 @@ def compile_model(
         from dcc.preparation import DEFAULT_GUIDANCE_SCALE
 
         report = compile(
-            model, output=output, target=target, roles=roles or None, arch=arch, sampler=sampler, steps=steps,
+            model, output=output, target=target, dtype=dtype, backend=backend, roles=roles or None,
+            arch=arch, sampler=sampler, steps=steps,
             sampler_options=sampler_values, guidance=guidance,
             guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale, lora=files,
             opt_level=opt_level, require=require, schedule=schedule, pick=pick, transfer=transfer, budget=budget,
             images=images, conditions=options.condition_values(condition), max_batch=max_batch, granularity=granularity,
-            trust_pickle=trust_pickle, own_process=True, progress=stages,
+            engine_cache=engine_cache, trust_pickle=trust_pickle, own_process=True, progress=stages,
         )  # fmt: skip
     if as_json:
         print_json(report.to_json())
@@ -90,6 +94,8 @@ def _show(report: CompileReport) -> None:
         ("time", f"{sum(report.seconds.values()):.1f} s, {size(report.peak_memory_bytes)} of memory at most"),
     ]
     rows += schedule_rows(report.schedule)
+    rows += [line for layer in report.layers for line in layer_rows(layer)]
+    rows += prediction_rows(report.predictions)
     say("\n".join(f"{name:<14} {value}" for name, value in rows))
 
 
@@ -119,6 +125,39 @@ def schedule_rows(worth: dict[str, Any] | None) -> list[tuple[str, str]]:
         figure = ("exact" if worth["required"]["holds"] else "not finite") if value is None else f"{value:.3f}"
         rows.append(("required", f"{worth['required']['text']}: {figure}"))
     return rows
+
+
+def layer_rows(layer: dict[str, Any]) -> list[tuple[str, str]]:
+    """A layer in two lines: what it is and why, and how far its graphs are from the exact ones."""
+    engines, count = layer["summary"]["engines"], len(layer["graphs"])
+    title = f"{layer['backend']} {layer['dtype']} for {', '.join(layer['targets'])}"
+    if layer["engines"]:
+        built = size(sum(engine["engine_bytes"] for engine in engines.values()))
+        seconds = sum(engine["seconds"] for engine in engines.values())
+        cached = sum(engine["cached"] for engine in engines.values())
+        peak = size(max(engine["peak_bytes"] for engine in engines.values()))
+        text = f"{title}: {count} engines, {built}, built in {seconds:.1f} s with {peak} at most"
+        text += f" ({cached} from the cache)" if cached else ""
+    else:
+        text = f"{title}: {count} graphs; engines are built where the artifact is loaded"
+    rows = [("layer", text), ("", layer["summary"]["reason"])]
+    error = layer["summary"]["forward_error"]
+    if error is not None:
+        worst = max(engine["error"] for engine in engines.values())
+        rows.append(("", f"{error:.1e} of the range away from float32 in a forward, {worst:.1e} in the worst engine"))
+    return rows
+
+
+def prediction_rows(predictions: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Latency on targets that need not be here."""
+    return [
+        (
+            "predicted",
+            f"{row['seconds'] * 1e3:.1f} ms for {row['images']} image{'s'[: row['images'] > 1]} on {row['target']}"
+            f" ({row['dtype']}), from its {row['rests_on']}; not measured",
+        )
+        for row in predictions
+    ]
 
 
 def show_passes(reports: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcc.commands import options
-from dcc.commands.compile import schedule_rows, show_passes
+from dcc.commands.compile import layer_rows, prediction_rows, schedule_rows, show_passes
 from dcc.commands.terminal import Stages, flops, print_json, print_table, say, size, stdout_reserved
 from dcc.errors import ScheduleError, UsageError
 
@@ -106,10 +106,16 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "text": text, "sampler": None if table is None else _sampler_summary(table), "guidance": manifest["guidance"],
         "scopes": scope_rows(passes, text),
         "stages": stage_rows(text, sizes.pop() if len(sizes) == 1 else None),
-        "passes": passes, "engines": engines, "recipe": manifest["recipe"], "tools": manifest["tools"],
+        "passes": passes, "engines": engines, "layers": [layer.to_json() for layer in artifact.layers],
+        "predictions": _predictions(manifest), "recipe": manifest["recipe"], "tools": manifest["tools"],
         "schedule": None if schedule is None else schedule.to_json(),
         "worth": next((row["figures"] for row in passes if row["name"] == "schedule"), None),
     }  # fmt: skip
+
+
+def _predictions(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = (manifest["report"] or {}).get("predictions")
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def schedule_of(artifact: Artifact) -> Schedule | None:
@@ -302,8 +308,50 @@ def _show(found: dict[str, Any]) -> None:
     rows = [(row["name"], row["kind"], size(row["weight_bytes"]), size(row["model_bytes"])) for row in engines]
     if rows:
         print_table("engines", ("engine", "scope", "weights", "model"), rows, NUMBERS)
+    _show_layers(found)
     _show_summary(found)
 
+
+def _show_layers(found: dict[str, Any]) -> None:
+    """Each layer with its engines: layers by kind and precision, rows of the profile, size, error against float32."""
+    columns = ("engine", "engine bytes", "weights", "layers", "by precision", "rows", "attention", "error")
+    for layer in found.get("layers", []):
+        try:
+            rows = [_layer_row(name, engine) for name, engine in layer["summary"]["engines"].items()]
+            lines = layer_rows(layer)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            rows, lines = [], []  # people read it: a summary that is not as expected is left out, not refused
+        capabilities = ", ".join(f"sm{capability}" for capability in layer["capabilities"])
+        library = f"{layer['backend']} {layer['version']}".strip()
+        title = f"layer {layer['name']}: {library}, {layer['dtype']}, {capabilities}"
+        if rows:
+            print_table(title, columns, rows, "engine-bytes weights layers error")
+        say("\n".join(f"{name:<10} {value}" for name, value in lines if name == "" or not rows))
+    try:
+        predicted = prediction_rows(found.get("predictions", []))
+    except (KeyError, TypeError, ValueError):
+        predicted = []
+    if predicted:
+        say("\n".join(f"{name:<10} {value}" for name, value in predicted))
+
+
+def _layer_row(name: str, engine: Mapping[str, Any]) -> tuple[object, ...]:
+    counts: dict[str, int] = {}
+    for kind, count in engine.get("kinds", {}).items():
+        for dtype in kind.rpartition(" ")[2].split("+"):
+            counts[dtype] = counts.get(dtype, 0) + count
+    if not counts:
+        counts = {dtype: count for dtype, count in engine["nodes"].items() if count}
+    precisions = ", ".join(f"{dtype} {count}" for dtype, count in sorted(counts.items(), key=lambda item: -item[1]))
+    profiles = engine.get("profiles") or [{}]
+    bounds: list[list[int]] = next(iter(profiles[0].values()), [])
+    rows = "/".join(str(shape[0]) for shape in bounds) or "-"
+    built = size(engine["engine_bytes"]) if "engine_bytes" in engine else "not built"
+    error = "-" if engine["error"] is None else f"{engine['error']:.1e}"
+    return (
+        name, built, size(engine["weight_bytes"]), engine.get("layers", sum(engine["nodes"].values())), precisions,
+        rows, engine.get("attention") or "-", error,
+    )  # fmt: skip
 
 def _show_schedule(found: dict[str, Any]) -> None:
     from dcc.ir.schedule import Schedule

@@ -22,6 +22,19 @@ RoleOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-pickle", help="Read pickled modules, which run the code that they carry.")
 ]
+TargetsOption = Annotated[
+    str, typer.Option(metavar="TARGET[,TARGET...]", help="Names of `dcc targets`, sm80, local, or a JSON file.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(metavar="fp16|bf16|fp32", help="What GPU engines compute in (default: the target's).")
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="tensorrt-rtx, tensorrt or onnxruntime-cuda (default: the target's first)."),
+]
+EngineCacheOption = Annotated[
+    bool, typer.Option("--engine-cache/--no-engine-cache", help="Keep built engines for the next time.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(metavar="N", help="Processors to use (default: all).")]
 SamplerOption = Annotated[
     str | None,
