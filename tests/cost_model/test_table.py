@@ -232,7 +232,19 @@ def test_later_compiles_find_the_table_of_their_machine_only(monkeypatch: pytest
     mine.save(default_path("cpu", mine.machine))
     assert table_of_this_machine() == mine
     assert table_of_this_machine(threads=97) is None
-    table().save(default_path("cpu", mine.machine))  # another machine's table under this machine's name
-    assert table_of_this_machine() is None
-    default_path("cpu", mine.machine).write_text("{")
-    assert table_of_this_machine() is None
+    path, heard = default_path("cpu", mine.machine), list[str]()
+    table().save(path)  # another machine's table under this machine's name
+    assert table_of_this_machine(note=heard.append) is None
+    path.write_text("{")
+    assert table_of_this_machine(note=heard.append) is None
+    assert [text.partition(str(path))[2].split(":")[0] for text in heard] == [
+        " is of another machine",
+        " is damaged (Expecting property name enclosed in double quotes",
+    ]
+    assert all("dcc calibrate MODEL" in text for text in heard)
+
+
+def test_a_table_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="the calibration table cannot be written"):
+        table().save(tmp_path / "file" / "table.json")
