@@ -186,3 +186,44 @@ class Binding:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime raises its own family of types
             raise ExecutionError("an engine failed", at=self._engine, got=str(error).splitlines()[0][:300]) from error
+
+
+class CpuModel:
+    """An ONNX model as a function on this processor, with one thread; `folder` holds its external data, if any."""
+
+    def __init__(self, name: str, model: bytes, folder: str | None = None) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        if _pool_ready:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        self._name = name
+        try:
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own family of types
+            got = str(error).splitlines()[0][:300]
+            raise ExecutionError("ONNX Runtime refuses a model", at=name, got=got) from error
+        self.inputs = {port.name: _port(port) for port in self._session.get_inputs()}
+        self.outputs = {port.name: _port(port) for port in self._session.get_outputs()}
+
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs by name."""
+        try:
+            results = self._session.run(list(self.outputs), dict(values))
+        except Exception as error:  # ONNX Runtime raises its own family of types
+            raise ExecutionError("an engine failed", at=self._name, got=str(error).splitlines()[0][:300]) from error
+        return dict(zip(self.outputs, results, strict=True))
+
+
+_ORT_DTYPES = {"float": "float32", "double": "float64"}
+
+
+def _port(port: Any) -> tuple[str, tuple[int | str, ...]]:
+    kind = str(port.type).removeprefix("tensor(").removesuffix(")")
+    # A dimension without a name may have any size.
+    shape = (f"{port.name}.{axis}" if size is None else size for axis, size in enumerate(port.shape))
+    return _ORT_DTYPES.get(kind, kind), tuple(shape)
