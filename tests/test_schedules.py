@@ -290,6 +290,31 @@ def test_refuses_to_write_what_ecad_cannot_say(schedule: Schedule, words: str, t
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize("name", ["folder", "nowhere/x.json", "file/x.json"])
+def test_an_ecad_file_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    schedule = read_schedule(DATA / "ecad_pixart.json", PIXART, 4)
+    with pytest.raises(ScheduleError, match="the schedule file cannot be written"):
+        write_ecad(schedule, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_an_ecad_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = read_schedule(DATA / "ecad_pixart.json", PIXART, 4)
+    path = tmp_path / "x.json"
+    path.write_text("before")
+
+    def full(self: Path, text: str, encoding: str) -> None:
+        self.touch()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(ScheduleError, match="cannot be written"):
+        patch.setattr(Path, "write_text", full)
+        write_ecad(schedule, path)
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"] and path.read_text() == "before"
+
+
 # dcc's own files and fronts
 
 
