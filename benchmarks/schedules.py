@@ -78,7 +78,7 @@ def of_search(front: Front) -> dict[str, Any]:
     """The tables of one search; returns what they say."""
     methods: dict[str, list[Point]] = {}
     for point in front.others:
-        if point.origin not in ("search", "exact") and point in front.others:
+        if point.origin not in ("search", "exact"):
             methods.setdefault(family(point), []).append(point)
     ours = list(front.points)
     plain = [
@@ -152,7 +152,7 @@ def levels(steps: int, folder: Path, front: Front | None) -> None:
     )  # fmt: skip
 
 
-def hypervolume(steps: int, folder: Path, budget: int, seeds: int) -> None:
+def hypervolume(steps: int, budget: int, seeds: int) -> None:
     """Search with seeds and without, several times: hypervolume after so many evaluations."""
     prepared = prepare(Source(MODEL, sampler="ddim", steps=steps), 1)
     rows = []
@@ -194,7 +194,7 @@ def common_hypervolume(losses: list[tuple[float, float]], exact: float) -> float
     return (area + height * before) / 60.0
 
 
-def overhead(steps: int, folder: Path) -> None:
+def overhead(steps: int) -> None:
     """What the plan itself costs: a sampler call's wall time outside its engines."""
     prepared = prepare(Source(MODEL, sampler="ddim", steps=steps), 1)
     rows = []
@@ -258,9 +258,9 @@ def main() -> None:
     if options.only in (None, "levels"):
         levels(options.steps, folder, front)
     if options.only in (None, "overhead"):
-        overhead(options.steps, folder)
+        overhead(options.steps)
     if options.only in (None, "hypervolume"):
-        hypervolume(options.steps, folder, 24 if options.quick else options.hypervolume_budget, 3)
+        hypervolume(options.steps, 24 if options.quick else options.hypervolume_budget, 3)
 
 
 if __name__ == "__main__":

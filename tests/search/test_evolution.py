@@ -113,7 +113,6 @@ def test_a_search_improves_on_its_seeds_and_spends_its_budget(tmp_path: Path) ->
         for latency, loss in pairs
         for other in result.candidates
     )
-    json.dumps([row.to_json() for row in result.history])
 
 
 def test_a_seed_of_the_search_decides_everything(tmp_path: Path) -> None:
