@@ -14,6 +14,7 @@ device would forgive, or would answer with wrong numbers, is a `SimulatedFault` 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,13 +80,23 @@ class SimulatedDevice:
         self.memory_map = SimulatedMemory(total)
         self.counts: Counter[str] = Counter()
         self.observers: list[Callable[[Launch], None]] = []
-        self.capturing = ""
+        # What a thread captures binds that thread alone.
+        self._capture = threading.local()
         self.launches = itertools.count()
         self._folder = folder
         self._serial = itertools.count()
 
+    @property
+    def capturing(self) -> str:
+        """The stream that the calling thread captures; empty if none."""
+        return getattr(self._capture, "stream", "")
+
+    @capturing.setter
+    def capturing(self, stream: str) -> None:
+        self._capture.stream = stream
+
     def refuse_in_capture(self, what: str) -> None:
-        """Raises SimulatedFault if some stream is being captured."""
+        """Raises SimulatedFault if the calling thread captures a stream."""
         if self.capturing:
             fault(f"{what} while a stream is captured", self.capturing, want="work on the stream alone")
 

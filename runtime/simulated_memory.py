@@ -7,6 +7,7 @@ remembered, so that a later use can be named.
 from __future__ import annotations
 
 import bisect
+import threading
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -102,16 +103,19 @@ class SimulatedMemory:
     def __init__(self, total: int) -> None:
         self.total, self.used = total, 0
         self._next = 2**32
+        self._lock = threading.Lock()
         self._starts: list[int] = []
         self._allocations: list[Allocation] = []
 
     def allocate(self, nbytes: int, label: str) -> Region:
-        region = Region(label, self._next, nbytes)
-        self._next += nbytes + GAP
-        self._next += -self._next % ALIGNMENT
-        self._starts.append(region.address)
-        self._allocations.append(Allocation(region))
-        self.used += nbytes
+        with self._lock:
+            region = Region(label, self._next, nbytes)
+            self._next += nbytes + GAP
+            self._next += -self._next % ALIGNMENT
+            self._allocations.append(Allocation(region))
+            # Last: who looks for an address meanwhile finds the allocation that belongs to it.
+            self._starts.append(region.address)
+            self.used += nbytes
         return region
 
     def free(self, region: Region) -> None:
@@ -119,9 +123,10 @@ class SimulatedMemory:
         allocation = self.find(region, "free")
         if allocation.region != region:
             fault("memory is freed that is only a part of an allocation", region.label)
-        allocation.freed = True
-        allocation.data = np.empty(0, np.uint8)
-        self.used -= region.nbytes
+        with self._lock:
+            allocation.freed = True
+            allocation.data = np.empty(0, np.uint8)
+            self.used -= region.nbytes
 
     def find(self, region: Region, at: str) -> Allocation:
         """The live allocation that the region lies inside. Raises SimulatedFault that names it otherwise."""
