@@ -15,12 +15,13 @@ from typing import Any
 from dcc.errors import ExecutionError
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.device import Array, Device, DeviceMemoryError, Region, Stream
+from dcc.runtime.device_array import DeviceArray
 from dcc.runtime.device_layout import Size
 from dcc.runtime.device_model import DeviceModel, EngineSource, WeightSource
-from dcc.runtime.device_request import DeviceRequests
+from dcc.runtime.device_request import DeviceRequests, Told
 from dcc.runtime.loaded import KEPT_WORKSPACES, Callback, Progress
 from dcc.runtime.plan import InputSpec, Plan
-from dcc.runtime.request_rules import RequestRules
+from dcc.runtime.request_rules import Generation, RequestRules
 from dcc.runtime.sampler import SamplerTable
 
 LANES = 2
@@ -135,19 +136,28 @@ class DeviceArtifact:
         `callback` makes the host wait after every sampler call, and copies the latent. Raises DeviceMemoryError where
         the request does not fit, with the most images that would.
         """
-        if self.sampler is None:
-            raise ExecutionError(
-                "the artifact was compiled without a sampler: it can only denoise", next="compile with --sampler"
-            )
-        calls = len(self.sampler.calls)
-        asked = self._rules.generation(conditions or {}, negative_conditions, images, guidance_scale, seed, noise)
-
-        def told(call: int, latent: Array) -> bool | None:
-            return callback(Progress(call, calls, latent)) if callback is not None else None
-
+        asked = self._generation(conditions, negative_conditions, images, guidance_scale, seed, noise)
+        told = self._told(callback)
         with self._lane() as lane:
-            requests = lane.requests(Size(asked.images, asked.guided, calls))
-            return requests.sample(asked, None if callback is None else told, cancel)
+            return lane.requests(self._size(asked)).sample(asked, told, cancel)
+
+    def sample_on_device(
+        self,
+        conditions: Mapping[str, Any] | None = None,
+        *,
+        negative_conditions: Mapping[str, Any] | None = None,
+        images: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        noise: Array | None = None,
+        callback: Callback | None = None,
+        cancel: threading.Event | None = None,
+    ) -> DeviceArray:
+        """What `sample` gives, left on the device: for torch or CuPy, which take it without a copy."""
+        asked = self._generation(conditions, negative_conditions, images, guidance_scale, seed, noise)
+        told = self._told(callback)
+        with self._lane() as lane:
+            return DeviceArray(self.device, lane.requests(self._size(asked)).sample_in_place(asked, told, cancel))
 
     def denoise(self, **inputs: Any) -> Array:
         """The denoiser's output for its own inputs, at any timesteps: what the model's forward returns."""
@@ -155,6 +165,31 @@ class DeviceArtifact:
         with self._lane() as lane:
             scratch = lane.timestep_scratch()
             return lane.requests(Size(asked.rows, False, 0)).denoise(asked, scratch)
+
+    def _generation(
+        self,
+        conditions: Mapping[str, Any] | None,
+        negative_conditions: Mapping[str, Any] | None,
+        images: int | None,
+        guidance_scale: float | None,
+        seed: int | Sequence[int],
+        noise: Array | None,
+    ) -> Generation:
+        if self.sampler is None:
+            raise ExecutionError(
+                "the artifact was compiled without a sampler: it can only denoise", next="compile with --sampler"
+            )
+        return self._rules.generation(conditions or {}, negative_conditions, images, guidance_scale, seed, noise)
+
+    def _size(self, asked: Generation) -> Size:
+        return Size(asked.images, asked.guided, len(self.plan.order))
+
+    def _told(self, callback: Callback | None) -> Told | None:
+        """The callback as the loop calls it; without one the host waits for nothing."""
+        if callback is None:
+            return None
+        calls = len(self.plan.order)
+        return lambda call, latent: callback(Progress(call, calls, latent))
 
     def close(self) -> None:
         """All memory of the device is free, once the requests under way are done."""

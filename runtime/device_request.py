@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dcc.errors import Cancelled, ExecutionError
-from dcc.runtime.device import Array, Region, Stream, byte_count
+from dcc.runtime.device import Array, Place, Region, Stream, byte_count
 from dcc.runtime.device_layout import Size
 from dcc.runtime.device_model import DeviceModel
 from dcc.runtime.device_steps import StepKey, Steps
@@ -41,6 +41,28 @@ class DeviceRequests:
 
     def sample(self, asked: Generation, told: Told | None, cancel: threading.Event | None) -> Array:
         """The samples, float32."""
+        self._loop(asked, told, cancel)
+        latent = self._latent()
+        direct = self._model.sampler is not None and self._model.sampler.variance == "direct"
+        if direct and not np.isfinite(latent).all():
+            raise ExecutionError("the model predicts a negative variance, or values without end", got="samples of nan")
+        return latent
+
+    def sample_in_place(self, asked: Generation, told: Told | None, cancel: threading.Event | None) -> Place:
+        """The samples in device memory of their own, which the caller frees."""
+        self._loop(asked, told, cancel)
+        source, device = self.space.region("register 0"), self._model.device
+        region = device.allocate(source.nbytes, "samples")
+        try:
+            self._stream.copy(region, source)
+            self._stream.synchronise()
+        except BaseException:
+            device.free(region)
+            raise
+        return Place(region, "float32", asked.start.shape)
+
+    def _loop(self, asked: Generation, told: Told | None, cancel: threading.Event | None) -> None:
+        """All sampler calls are asked for; the samples will be in register 0."""
         self._begin(asked)
         sampler, steps = self._model.sampler, self.steps
         if sampler is None or steps is None or self._model.loop is None:
@@ -59,10 +81,6 @@ class DeviceRequests:
             steps.run(StepKey(self._plan.order[call], update.kind, asked.guided and modes[call]))
             if told is not None and told(call, self._latent()) is False:
                 raise Cancelled("the callback stopped the request", at=f"sampler call {call} of {len(updates)}")
-        latent = self._latent()
-        if sampler.variance == "direct" and not np.isfinite(latent).all():
-            raise ExecutionError("the model predicts a negative variance, or values without end", got="samples of nan")
-        return latent
 
     def denoise(self, asked: Forward, scratch: Region) -> Array:
         """The denoiser's output for these inputs; `scratch` is for the timestep engines."""

@@ -33,7 +33,6 @@ METHODS = {
 RTX_METHODS = {
     "ICudaEngine": ("create_runtime_config",),
     "IRuntimeConfig": ("set_execution_context_allocation_strategy", "dynamic_shapes_kernel_specialization_strategy"),
-    "IExecutionContext": ("is_stream_capturable",),
 }
 
 

@@ -297,3 +297,17 @@ def test_no_torch_in_the_process(loaded: LoadedArtifact, tmp_path: Path) -> None
         [sys.executable, "-c", script, loaded.artifact.path, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_samples_may_stay_on_the_device(loaded: LoadedArtifact) -> None:
+    watched = Watched(loaded)
+    wanted = watched.sample({"y": [3, 7]}, seed=1)
+    watched.device.observers.clear()
+    used = watched.device.memory_map.used
+    first = watched.on_device.sample_on_device({"y": [3, 7]}, seed=1)
+    # The next request does not write into it.
+    watched.on_device.sample({"y": [1, 2]}, seed=2)
+    assert np.array_equal(first.numpy(), wanted)
+    assert first.shape == wanted.shape
+    first.close()
+    assert watched.device.memory_map.used == used
