@@ -56,7 +56,9 @@ def cost_model_may(file: str, name: str) -> bool:
     return standard(name) or below(name, "dcc.cost_model", "dcc.ir", "dcc.errors", "torch", "numpy")
 
 
-RUNTIME_TYPES = ("artifact", "plan", "container", "manifest", "plan_rules", "plan_reader", "strict_json", "sampler", "loop_spec")
+RUNTIME_TYPES = (
+    "artifact", "plan", "container", "manifest", "plan_rules", "plan_reader", "strict_json", "sampler", "loop_spec",
+)  # fmt: skip
 
 
 def exports_may(file: str, name: str) -> bool:
