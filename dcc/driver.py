@@ -32,7 +32,7 @@ from dcc.runtime.loaded import load
 from dcc.tolerances import TOLERANCE
 
 if TYPE_CHECKING:
-    from dcc.exports.layers import LayerRequest
+    from dcc.layers import LayerRequest
     from dcc.runtime.layers import Layer
     from dcc.search.choose import Chosen
 
@@ -193,7 +193,7 @@ def _layers_for(targets: Sequence[Target], dtype: str | None, backend: str | Non
                 want = ", ".join(target.backends)
                 raise UsageError(f"the target '{target.name}' has no backend {backend}", want=want)
         return []
-    from dcc.exports.layers import layer_requests, library_for
+    from dcc.layers import layer_requests, library_for
 
     requests = layer_requests(targets, dtype, backend)
     for request in requests:
@@ -206,7 +206,7 @@ def _add_layers(
     clock: StageClock, progress: ProgressReport,
 ) -> list[Layer]:  # fmt: skip
     from dcc.exports.engine_cache import EngineCache, default_folder
-    from dcc.exports.layers import BuildOptions, add_layers, default_workers
+    from dcc.layers import BuildOptions, add_layers, default_workers
 
     options = BuildOptions(default_workers(), EngineCache(default_folder()) if engine_cache else None)
     with clock("making layers for " + ", ".join(name for request in requests for name in request.targets)):

@@ -26,7 +26,7 @@ TargetsOption = Annotated[
     str, typer.Option(metavar="TARGET[,TARGET...]", help="Names of `dcc targets`, sm80, local, or a JSON file.")
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(metavar="fp16|bf16|fp32", help="What GPU engines compute in (default: the target's).")
+    str | None, typer.Option(metavar="fp16|bf16", help="What GPU engines compute in (default: the target's).")
 ]
 BackendOption = Annotated[
     str | None,

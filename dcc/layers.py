@@ -24,11 +24,11 @@ from dcc.errors import ExportError, UsageError
 from dcc.exports.artifact_extension import ArtifactExtension
 from dcc.exports.engine_cache import EngineCache
 from dcc.exports.engine_workers import build_all
-from dcc.exports.layer_check import LayerCheck, check_layer
 from dcc.exports.network_record import NetworkRecord, check_network, layer_counts
-from dcc.exports.precision import Typed, strongly_typed
+from dcc.exports.precision import REDUCED, Typed, strongly_typed
 from dcc.exports.tensorrt_builder import BuildCost, BuilderOptions, BuildRequest, TensorRt, check_capabilities
 from dcc.exports.typed_graphs import linked, with_weights_in_file
+from dcc.layer_check import LayerCheck, check_layer
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
 from dcc.runtime.layers import Layer
 from dcc.runtime.plan import EngineSpec, Plan
@@ -93,8 +93,9 @@ def layer_requests(
                 next="choose one of these, or leave --backend out",
             )  # fmt: skip
         kind = dtype_for(target, dtype)
-        if kind == "float8":
-            raise UsageError("float8 needs quantized weights, which no pass makes yet", want="fp16, bf16 or fp32")
+        if kind not in REDUCED:
+            reason = "needs quantized weights, which no pass makes yet" if kind == "float8" else "runs on a processor"
+            raise UsageError(f"dcc makes no {kind} engines for GPUs: {kind} {reason}", want="fp16 or bf16")
         groups.setdefault((chosen, kind), []).append(target)
     return [
         LayerRequest(

@@ -44,7 +44,7 @@ def check_layer(artifact: Artifact, dtype: str, graph: Callable[[str], bytes]) -
 
     def runnable(engine: str) -> bytes:
         model = graph(engine)
-        return model if dtype == "float32" else rounded(onnx.load_model_from_string(model), dtype).SerializeToString()
+        return rounded(onnx.load_model_from_string(model), dtype).SerializeToString()
 
     compared = _ComparingBackend(artifact, runnable)
     loaded = LoadedArtifact(artifact, compared)
