@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 LARGE_WEIGHTS = 1 << 30
 DEFAULT_BUDGET = 200
+# Schedules are tried out, measured and predicted on this machine, whatever the artifact is for.
+PROCESSOR = "cpu"
 DEFAULT_IMAGES = 16
 
 ProgressReport = Callable[[str], None]
@@ -147,7 +149,7 @@ def compile(
                 chosen = choose(
                     prepared, Path(folder), opt_level=opt_level, require=require, schedule=schedule, pick=pick,
                     transfer=transfer, budget=budget, images=min(images, max_batch), conditions=conditions,
-                    target=target, own_process=own_process, clock=clock, told=progress,
+                    target=PROCESSOR, own_process=own_process, clock=clock, told=progress,
                 )  # fmt: skip
             program.schedule = chosen.schedule
             program.reports.append(chosen.report)
