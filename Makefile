@@ -7,7 +7,7 @@ OUT ?= out
 MODEL := examples/digits/dit_digits.pt
 SHELL := /bin/bash
 
-.PHONY: demo test lint setup bench wheel clean
+.PHONY: demo test test-slow lint setup bench wheel clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ lint: $(STAMP)
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 bench: $(STAMP)
 	mkdir -p $(OUT)

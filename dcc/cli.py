@@ -6,13 +6,14 @@ standard library alone, so that an interrupt while the commands are being import
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dcc.errors import DccError, UsageError
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line `arguments` (default: the process's own) has run; returns the exit code."""
     given, traces = _without_traceback_flag(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        with _termination_unwinds(), warnings.catch_warnings():
+        with _termination_unwinds(), _interrupts() as was_interrupted, warnings.catch_warnings():
             if "-v" not in given and "--verbose" not in given:
                 # Warnings of torch and its exporter about their own internals; `-v` shows them.
                 warnings.simplefilter("ignore")
@@ -40,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except DccError as error:
-        if not _interrupted(error):
+        if not was_interrupted() and not _interrupted(error):
             _say(_with_next(error, given), traces)
             return error.exit_code
         code = INTERRUPTED
     except SystemExit as leaving:  # rich leaves this way when its pipe is closed
         code = leaving.code if isinstance(leaving.code, int) else BUG
     except Exception as error:  # noqa: BLE001 - the one place that may: nobody above could explain it
-        if not _interrupted(error):
+        if not was_interrupted() and not _interrupted(error):
             _say(_bug_text(error), traces)
             return BUG
         code = INTERRUPTED
@@ -71,6 +72,33 @@ def _termination_unwinds() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether the user has interrupted; from then on libraries log nothing.
+
+    torch catches an interrupt inside its dispatch, turns it into another error without a link to the first, and
+    logs that with its traceback.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        logging.disable(logging.CRITICAL)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False  # only the main thread may set handlers; a program around dcc may have its own
+        return
+    level = logging.root.manager.disable
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logging.disable(level)
 
 
 def _interrupted(error: BaseException | None) -> bool:

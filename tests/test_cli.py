@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -488,6 +489,24 @@ def test_control_c_while_compiling(checkpoint: Path, unchanged: Path, stage: str
         assert process.wait(120) == 130, "".join(lines) + rest
     assert "Traceback" not in rest
     assert rest.splitlines()[-1] == "interrupted"
+
+
+def test_an_interrupt_that_a_library_hides(dcc: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch turns an interrupt within its dispatch into a TypeError of its own and logs that with its traceback."""
+
+    def hide(_: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            logging.getLogger("torch").error("fake tensor raised TypeError")
+            raise TypeError("dispatch failed") from None
+
+    monkeypatch.setattr("dcc.cli._run", hide)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = dcc("inspect", "a.dcc")
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_closed_pipe_is_quiet(artifact: Path) -> None:

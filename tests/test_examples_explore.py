@@ -15,8 +15,10 @@ import zoo
 from PIL import Image
 from subjects import applied, sketch, subject
 
+from dcc import runtime
 from dcc.frontend.dit import DiT
 from dcc.ir.schedule import Schedule, extrapolation
+from dcc.search.front import Front
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +66,20 @@ def test_transfer(checkpoint: Path, tmp_path: Path) -> None:
         assert float(row["loss"]) == pytest.approx(float(row["made for these steps"]) - float(row["refitted"]))
     assert "compiles for 12x12" in printed
     assert (tmp_path / "large.dcc").exists()
+
+
+def test_search_and_pick(checkpoint: Path, tmp_path: Path) -> None:
+    printed = run("search_and_pick", checkpoint, tmp_path)
+    front = Front.read(tmp_path / "front.json")
+    assert (front.steps, front.batch, front.evaluations) == (5, 2, 4)
+    # The best of at least the exact artifact's speed: equal samples, before any that is faster.
+    assert re.search(r"^picked .*: 1x at equal samples$", printed, re.MULTILINE)
+    for name in ("exact", "picked"):
+        compiled = runtime.load(tmp_path / f"{name}.dcc")
+        assert compiled.sample({"y": [0, 1]}, seed=1).shape == (2, 3, 8, 8)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+    assert re.search(r"^\d+\.\d\dx as fast, inf dB, SSIM 1\.000, other seeds$", printed, re.MULTILINE)
 
 
 def test_the_documented_schedule_is_one() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compiled import relative_difference
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_reference import LIMIT, check, schedules, subject, without_guidance, write
 
@@ -199,10 +199,32 @@ def test_refuses(what: str, tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_schedule_equals_the_reference(tmp_path: Path, data: st.DataObject) -> None:
-    """Merged as shipped, cut at every component, and the plain loop."""
-    dit = subject("dit")
-    schedule = data.draw(schedules(dit.program.components, dit.program.calls))
-    check(dit, schedule, tmp_path, scales=data.draw(st.sampled_from([(None,), (1.0,)])))
+EXAMPLES = {"dit": 12, "pixart": 7, "sd3": 7}
+# What all examples of a family together must hold, or they show less than they claim.
+EVERY_KIND = {
+    "branch", "delta", "span", "compute", "skip", "order 0", "order 1", "both", "conditional", "reuse",
+}  # fmt: skip
+
+
+def kinds_of(schedule: Schedule) -> set[str]:
+    """What units keep, what stands in for them, and the modes of guidance."""
+    units = {"span" if unit.first != unit.last else str(unit.stores) for unit in schedule.units}
+    actions = [action for row in schedule.actions for action in row]
+    acts = {f"order {len(action.weights) - 1}" if action.weights else action.kind for action in actions}
+    return units | acts | {mode.kind for mode in schedule.guidance}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_any_schedule_equals_the_reference(name: str, tmp_path: Path) -> None:
+    """Merged as shipped, cut at every component, and the plain loop; traced and exported once for all examples."""
+    model = subject(name)
+    seen: set[str] = set()
+
+    @settings(max_examples=EXAMPLES[name])
+    @given(schedules(model.program.components, model.program.calls), st.sampled_from([None, 1.0]))
+    def equals(schedule: Schedule, scale: float | None) -> None:
+        seen.update(kinds_of(schedule))
+        check(model, schedule, tmp_path, scales=(scale,))
+
+    equals()
+    assert seen >= EVERY_KIND

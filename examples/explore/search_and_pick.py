@@ -21,12 +21,12 @@ from dcc.picture import enlarged, grid, save_picture, to_pixels
 from dcc.quality import psnr, ssim
 from dcc.search.front import pick
 
-MODEL = "examples/digits/dit_digits.pt"
 SEED = 123_456  # the search and its report use other seeds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="examples/digits/dit_digits.pt")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/search"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", type=int, default=200, help="schedules to evaluate")
@@ -38,14 +38,15 @@ def main() -> None:
     steps, budget, images = (5, 4, 2) if options.quick else (options.steps, options.budget, options.images)
     settings = {"sampler": "ddim", "steps": steps, "guidance": "cfg", "images": images, "own_process": True}
 
-    front = dcc.search(MODEL, output=options.output, budget=budget, resume=options.resume, told=print, **settings)
+    model, resume = options.model, options.resume
+    front = dcc.search(model, output=options.output, budget=budget, resume=resume, told=print, **settings)
     show_front(front)
     point = pick(front, "1x" if options.quick else options.pick)
     print(f"picked {point.summary()}")
 
     files = {"exact": None, "picked": point.schedule}
     for name, schedule in files.items():
-        dcc.compile(MODEL, output=options.output / f"{name}.dcc", schedule=schedule, **settings)
+        dcc.compile(model, output=options.output / f"{name}.dcc", schedule=schedule, **settings)
 
     # From here on there is no torch: this is what a serving process does.
     labels = np.arange(images) % 10

@@ -129,8 +129,11 @@ def test_a_bound_of_somebody_elses_metric(tmp_path: Path) -> None:
 
 
 def test_one_step_leaves_nothing_to_reuse(unchanged: Path) -> None:
-    with pytest.raises((QualityError, ScheduleError, UsageError)):
-        compiled(unchanged, opt_level=2, require=EASY, steps=1)
+    for level in (2, 3):
+        with pytest.raises(UsageError, match="one sampler call leaves nothing to reuse") as refusal:
+            compiled(unchanged, opt_level=level, require=EASY, budget=4, steps=1)
+        assert refusal.value.details["got"] == "1 sampler call"
+        assert refusal.value.details["next"] == "more --steps, or compile with -O1"
 
 
 # -O3.

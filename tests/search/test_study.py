@@ -242,11 +242,3 @@ def test_history_bytes_are_of_what_is_kept(laboratory: Laboratory) -> None:
     reuse, forecast = (history_bytes(laboratory, studies.spans(components, (0, 1, 3), order)) for order in (0, 1))
     assert history_bytes(laboratory, exact) == 0
     assert 0 < reuse < forecast
-
-
-def test_limits_hold(front: Front, laboratory: Laboratory, tmp_path: Path) -> None:
-    bound = front.points[-1].predicted_ms
-    assert bound is not None
-    found = searched(tmp_path / "front", max_history_bytes=0, budget=4)
-    lossy = [point for point in found.everything if point.origin == "search"]
-    assert all(history_bytes(laboratory, point.schedule) == 0 for point in lossy)
