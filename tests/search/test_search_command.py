@@ -31,7 +31,7 @@ from dcc.ir.measurements import Measurements
 from dcc.search.front import Front
 from dcc.search.study import DATABASE, MEASURED, TABLE
 
-# Six searches, minutes each: `make test-slow`. The suite kills a search and runs Ray in test_evolution and test_workers.
+# Six searches, minutes each: `make test-slow`. The suite kills a search in test_evolution, and has Ray in test_workers.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
