@@ -21,7 +21,6 @@ from dcc.exports.artifact_writer import ArtifactWriter
 from dcc.exports.engine_workers import build_all
 from dcc.exports.lower import lower
 from dcc.exports.precision import Typed, strongly_typed
-from dcc.exports.tensorrt_builder import BuildRequest, TensorRt
 from dcc.frontend.dit import DiT, DiTConfig
 from dcc.frontend.samplers import sampler_table
 from dcc.frontend.trace import trace
@@ -29,6 +28,7 @@ from dcc.ir.program import Guidance
 from dcc.passes import run_passes
 from dcc.preparation import manifest_of, pipeline
 from dcc.runtime.artifact import Artifact
+from dcc.runtime.tensorrt_builder import BuildRequest, TensorRt
 
 WIDTHS = {"DiT-S/2": (384, 6), "DiT-XL/2": (1152, 16)}
 ROWS = (1, 4, 16)

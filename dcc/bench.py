@@ -19,7 +19,7 @@ from dcc.errors import Cancelled, DccError
 
 if TYPE_CHECKING:
     from dcc.original import Forward, Original, Request
-    from dcc.runtime import LoadedArtifact, Progress
+    from dcc.runtime import CompiledDenoiser, Progress
 
 Generate = Callable[[], object]
 BASELINES = ("eager", "compile", "onnxruntime")
@@ -86,7 +86,7 @@ def ratios(timings: Sequence[Timing], of: str = "artifact") -> dict[str, float]:
 
 
 def artifact_loop(
-    artifact: LoadedArtifact, conditions: Mapping[str, Any], negatives: Mapping[str, Any], seeds: Sequence[int],
+    artifact: CompiledDenoiser, conditions: Mapping[str, Any], negatives: Mapping[str, Any], seeds: Sequence[int],
     scale: float, calls: int | None,
 ) -> Generate:  # fmt: skip
     """A generation by the artifact. Ended after `calls`, it has still made its tables for the whole loop."""
@@ -98,7 +98,8 @@ def artifact_loop(
     def generate() -> object:
         try:
             return artifact.sample(
-                conditions, negative_conditions=negatives, guidance_scale=scale, seed=list(seeds), callback=told
+                conditions, negative_conditions=negatives, guidance_scale=scale, seed=list(seeds),
+                callback=None if last >= len(artifact.plan.order) else told,
             )
         except Cancelled:
             return None

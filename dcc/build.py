@@ -33,8 +33,8 @@ def build(
     Neither the model nor torch is needed. On a machine with the GPU itself, engines for it are built with `tensorrt`
     where that is its backend. Raises a DccError of the stage that failed; the artifact then is as it was.
     """
-    from dcc.exports.engine_cache import EngineCache, default_folder
     from dcc.layers import BuildOptions, add_layers, default_workers, layer_requests, on_this_device
+    from dcc.runtime.engine_cache import EngineCache, default_folder
 
     targets = targets_named(target)
     requests = [on_this_device(request, local_device()) for request in layer_requests(targets, dtype, backend)]

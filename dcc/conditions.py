@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dcc.errors import UsageError
-from dcc.runtime.loaded import LoadedArtifact
+from dcc.runtime.loading import CompiledDenoiser
 from dcc.runtime.plan import InputSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -18,7 +18,7 @@ def has_rows(item: InputSpec) -> bool:
     return item.shape[:1] == ("B",)
 
 
-def class_conditions(artifact: LoadedArtifact) -> list[InputSpec]:
+def class_conditions(artifact: CompiledDenoiser) -> list[InputSpec]:
     """The conditions that are one integer an image."""
     return [item for item in artifact.conditions if item.shape == ("B",) and "int" in item.dtype]
 
@@ -30,7 +30,7 @@ def classes_of(item: InputSpec) -> list[int] | None:
     return [value for value in range(item.minimum, item.maximum + 1) if value != item.null]
 
 
-def with_classes(artifact: LoadedArtifact, given: Mapping[str, Any], classes: Sequence[int]) -> dict[str, Any]:
+def with_classes(artifact: CompiledDenoiser, given: Mapping[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """`given` and a value for the class condition: `classes`, or every class in turn where none are named."""
     values = dict(given)
     known = [item for item in class_conditions(artifact) if item.name not in given]
@@ -55,7 +55,7 @@ def with_classes(artifact: LoadedArtifact, given: Mapping[str, Any], classes: Se
     return values
 
 
-def rows_for(artifact: LoadedArtifact, values: Mapping[str, Any], images: int) -> dict[str, Any]:
+def rows_for(artifact: CompiledDenoiser, values: Mapping[str, Any], images: int) -> dict[str, Any]:
     """Each condition with `images` rows: what is given is repeated in turn. Others pass as they are."""
     specs = {item.name: item for item in artifact.conditions}
     rows: dict[str, Any] = {}
@@ -73,18 +73,18 @@ def rows_for(artifact: LoadedArtifact, values: Mapping[str, Any], images: int) -
     return rows
 
 
-def part_of(artifact: LoadedArtifact, rows: Mapping[str, Any], index: Array) -> dict[str, Any]:
+def part_of(artifact: CompiledDenoiser, rows: Mapping[str, Any], index: Array) -> dict[str, Any]:
     """The rows at `index` of every condition that has rows."""
     batched = {item.name for item in artifact.conditions if has_rows(item)}
     return {name: value[index] if name in batched else value for name, value in rows.items()}
 
 
-def without_null(artifact: LoadedArtifact) -> set[str]:
+def without_null(artifact: CompiledDenoiser) -> set[str]:
     """Conditions for which a guided request must say what the other half is."""
     return {item.name for item in artifact.conditions if item.null is None and has_rows(item)}
 
 
-def negatives_for(artifact: LoadedArtifact, images: int) -> dict[str, Any]:
+def negatives_for(artifact: CompiledDenoiser, images: int) -> dict[str, Any]:
     """The other half of guidance, one row an image: the null where there is one, else zeros."""
     return {
         item.name: np.full((images, *map(int, item.shape[1:])), item.null or 0, item.dtype)
@@ -105,6 +105,6 @@ def _check_range(item: InputSpec, classes: Sequence[int]) -> None:
             )  # fmt: skip
 
 
-def _listed(artifact: LoadedArtifact) -> str:
+def _listed(artifact: CompiledDenoiser) -> str:
     texts = (f"{item.name} {item.dtype}[{','.join(map(str, item.shape))}]" for item in artifact.conditions)
     return ", ".join(texts) or "no conditions"

@@ -28,7 +28,7 @@ from dcc.ir.schedule import Schedule
 from dcc.ir.text import program_text
 from dcc.preparation import DEFAULT_GUIDANCE_SCALE, OPT_LEVELS, Model, Source, StageClock, manifest_of, prepare
 from dcc.quality import difference
-from dcc.runtime.loaded import load
+from dcc.runtime.loading import load_on_processor
 from dcc.tolerances import TOLERANCE
 
 if TYPE_CHECKING:
@@ -207,8 +207,8 @@ def _add_layers(
     path: Path, requests: Sequence[LayerRequest], engine_cache: bool, predictions: list[dict[str, Any]],
     clock: StageClock, progress: ProgressReport,
 ) -> list[Layer]:  # fmt: skip
-    from dcc.exports.engine_cache import EngineCache, default_folder
     from dcc.layers import BuildOptions, add_layers, default_workers
+    from dcc.runtime.engine_cache import EngineCache, default_folder
 
     options = BuildOptions(default_workers(), EngineCache(default_folder()) if engine_cache else None)
     with clock("making layers for " + ", ".join(name for request in requests for name in request.targets)):
@@ -225,7 +225,7 @@ def predict_targets(
     from dcc.search.choose import predicted_generation
 
     large = path.stat().st_size > LARGE_WEIGHTS
-    artifact = load(path, low_memory=True, check="fast" if large else "auto")
+    artifact = load_on_processor(path, low_memory=True, check="fast" if large else "auto")
     return [
         predicted_generation(program, artifact, target, count, dtype).to_json()
         for target in gpus
@@ -280,7 +280,7 @@ def check_forward(path: Path, program: Program, loaded: LoadedModel) -> float:
             wanted = module(**inputs).numpy()
     large = path.stat().st_size > LARGE_WEIGHTS
     try:
-        artifact = load(path, low_memory=large, check="fast" if large else "auto")
+        artifact = load_on_processor(path, low_memory=large, check="fast" if large else "auto")
         got = artifact.denoise(**{name: value.numpy() for name, value in inputs.items()})
     except DccError as error:
         raise ExportError("the artifact does not run", got=error, next="report this model's architecture") from error

@@ -22,19 +22,20 @@ from dcc.cost_model.local_device import Device
 from dcc.cost_model.targets import Target, dtype_for
 from dcc.errors import ExportError, UsageError
 from dcc.exports.artifact_extension import ArtifactExtension
-from dcc.exports.engine_cache import EngineCache
 from dcc.exports.engine_workers import build_all
-from dcc.exports.network_record import NetworkRecord, check_network, layer_counts
 from dcc.exports.precision import REDUCED, Typed, strongly_typed
-from dcc.exports.tensorrt_builder import BuildCost, BuilderOptions, BuildRequest, TensorRt, check_capabilities
 from dcc.exports.typed_graphs import linked, with_weights_in_file
+from dcc.exports.update_engines import update_engines
 from dcc.layer_check import LayerCheck, check_layer
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
+from dcc.runtime.device_engines import engine_specs, profile_rows
+from dcc.runtime.engine_cache import EngineCache
 from dcc.runtime.layers import Layer
+from dcc.runtime.network_record import NetworkRecord, check_network, layer_counts
 from dcc.runtime.plan import EngineSpec, Plan
-from dcc.runtime.workspace import TABLE_ROWS
+from dcc.runtime.sampler import SamplerTable
+from dcc.runtime.tensorrt_builder import BuildCost, BuilderOptions, BuildRequest, TensorRt, check_capabilities
 
-TYPICAL_IMAGES = 4
 SECONDS_BETWEEN_LINES = 10.0
 WEIGHT_PREFIX = "w/"
 
@@ -173,9 +174,30 @@ def add_layers(
 
 @dataclass(frozen=True)
 class _TypedEngine:
+    """An engine of the plan in the layer's type, or an update engine: float32 throughout, without weights."""
+
     spec: EngineSpec
-    typed: Typed
+    typed: Typed | None
     graph: bytes
+
+    def buildable(self, weights: Path) -> bytes:
+        """The model as builders take it, its large weights in the file."""
+        return self.graph if self.typed is None else with_weights_in_file(self.typed, weights).SerializeToString()
+
+    def facts(self) -> dict[str, Any]:
+        """What people ask of the graph."""
+        if self.typed is None:
+            operations = [node.op_type for node in onnx.load_model_from_string(self.graph).graph.node]
+            return {
+                "nodes": {"float32": len(operations)}, "casts": operations.count("Cast"), "overflows": 0,
+                "float32": {"the sampler's update": len(operations)}, "reduced": 0, "weight_bytes": 0,
+            }  # fmt: skip
+        record = self.typed.record
+        return {
+            "nodes": record.nodes, "casts": len(record.casts), "overflows": len(record.overflows),
+            "float32": {rule: len(nodes) for rule, nodes in record.float32.items()}, "reduced": record.reduced,
+            "weight_bytes": record.weight_bytes,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,7 +250,17 @@ def _typed_engines(artifact: Artifact, dtype: str) -> dict[str, _TypedEngine]:
         typed = strongly_typed(source, dtype, lambda name: artifact.map_weight(name.removeprefix(WEIGHT_PREFIX)))
         graph = linked(typed, source).SerializeToString().replace(real, placeholder)
         engines[spec.name] = _TypedEngine(spec, typed, graph)
-    return engines
+    return engines | _update_engines(artifact)
+
+
+def _update_engines(artifact: Artifact) -> dict[str, _TypedEngine]:
+    """The loop between the forwards; nothing where the artifact has no sampler."""
+    table = artifact.manifest["sampler"]
+    if table is None:
+        return {}
+    loop, models = update_engines(artifact.plan, SamplerTable.from_json(table), artifact.manifest["guidance"])
+    specs = engine_specs(artifact.plan, loop)
+    return {name: _TypedEngine(specs[name], None, model) for name, model in models.items()}
 
 
 def _checked(
@@ -257,11 +289,11 @@ def _with_engines(
     with _weights_folder() as folder:
         builds = []
         for name, engine in typed.items():
-            model = with_weights_in_file(engine.typed, folder / f"{name}.weights")
-            builds.append(BuildRequest(
-                name, model.SerializeToString(), request.capabilities, rows_of(plan, engine.spec), folder,
-                options.builder, request.device,
-            ))  # fmt: skip
+            model = engine.buildable(folder / f"{name}.weights")
+            rows = profile_rows(plan, engine.spec)
+            builds.append(
+                BuildRequest(name, model, request.capabilities, rows, folder, options.builder, request.device)
+            )
         progress = _BuildProgress(request, len(typed), told)
         with closing(build_all(builds, library, options.workers, progress, options.cache)) as engines:
             for made in engines:
@@ -290,22 +322,6 @@ class _BuildProgress:
             self._told(f"{self._title}: {name} {done:.0%}, {finished} of {self._count} done")
 
 
-def rows_of(plan: Plan, engine: EngineSpec) -> tuple[int, int, int] | None:
-    """Least, typical and most rows that the engine is given; None where no port of it counts rows."""
-    if not any("B" in port.shape for port in (*engine.inputs, *engine.outputs)):
-        return None
-    low, high = plan.symbols["B"]
-    guided = 2 if any(mode.mode != "conditional" for mode in plan.guidance) or not plan.guidance else 1
-    typical = min(high, guided * TYPICAL_IMAGES)
-    if engine.kind == "table":
-        calls = max(1, len(plan.order))
-        # The runtime runs tables for as many sampler calls at once as TABLE_ROWS allows.
-        most = max(high, min(calls * high, TABLE_ROWS))
-        return low, min(most, calls * typical), most
-    # Half the rows run in calls without the unconditional half.
-    return max(1, low // 2), max(low, typical), high
-
-
 @contextmanager
 def _weights_folder() -> Iterator[Path]:
     try:
@@ -325,12 +341,7 @@ def _summary(
     """What people ask of a layer, engine by engine."""
     engines = {}
     for name, engine in typed.items():
-        record = engine.typed.record
-        engines[name] = {
-            "nodes": record.nodes, "casts": len(record.casts), "overflows": len(record.overflows),
-            "float32": {rule: len(nodes) for rule, nodes in record.float32.items()}, "reduced": record.reduced,
-            "weight_bytes": record.weight_bytes, "error": None if check is None else check.engines.get(name),
-        }  # fmt: skip
+        engines[name] = engine.facts() | {"error": None if check is None else check.engines.get(name)}
         if name in built:
             result = built[name]
             engines[name] |= {
@@ -349,7 +360,7 @@ def _records(typed: Mapping[str, _TypedEngine], built: Mapping[str, _Built]) -> 
     """Every choice and every layer, for whoever wants to know."""
     rows = {
         name: {
-            "precision": engine.typed.record.to_json(),
+            "precision": None if engine.typed is None else engine.typed.record.to_json(),
             "network": built[name].record if name in built else None,
         }
         for name, engine in typed.items()

@@ -28,19 +28,17 @@ from types import TracebackType
 from typing import Any
 
 from dcc.errors import ExportError
-from dcc.exports.builder_callbacks import Told
-from dcc.exports.engine_cache import EngineCache
-from dcc.exports.tensorrt_builder import (
+from dcc.exports.cached_build import cached_engine, request_key, store_engine
+from dcc.runtime.builder_callbacks import Told
+from dcc.runtime.engine_cache import EngineCache
+from dcc.runtime.tensorrt_builder import (
     BuildCost,
     BuilderOptions,
     BuildRequest,
     BuiltEngine,
     TensorRt,
-    cached_engine,
     check_request,
-    request_key,
     serialize,
-    store_engine,
 )
 
 _WORKER = (

@@ -23,7 +23,7 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -160,8 +160,24 @@ class Artifact:
         return self._located(self.read(spec.member), spec)
 
     def layer_graph(self, layer: Layer, engine: str) -> bytes:
-        """The strongly typed model of an engine in a layer; its weights are those of the portable one."""
-        return self._located(self.read(layer.graphs[engine]), self._engine(engine))
+        """The strongly typed model of an engine in a layer; its weights are those of the portable one.
+
+        Raises ArtifactError where the layer has no such engine.
+        """
+        model = self.read(self._layer_member(layer, layer.graphs, engine))
+        return self._located(model, self._engines[engine]) if engine in self._engines else model
+
+    def layer_engine(self, layer: Layer, engine: str) -> bytes:
+        """What a library built from an engine of the layer. Raises ArtifactError where the layer has none."""
+        return self.read(self._layer_member(layer, layer.engines, engine))
+
+    def _layer_member(self, layer: Layer, members: Mapping[str, str], engine: str) -> str:
+        if engine not in members:
+            raise _damaged(
+                "a layer lacks an engine", at=f"layer {layer.name}", got=f"{len(members)} others", want=shown(engine),
+                next=f"dcc build {self.path} --target {','.join(layer.targets)} makes the layer again",
+            )  # fmt: skip
+        return members[engine]
 
     def _located(self, model: bytes, spec: EngineSpec) -> bytes:
         """The model with its external data in this very file."""

@@ -185,13 +185,6 @@ def largest_images(plan: Plan, loop: LoopSpec | None, size: Size, alignment: int
     return low
 
 
-def largest_table_rows(plan: Plan) -> int:
-    """The most rows that a table engine is ever run with: what its profile must reach."""
-    most = plan.symbols["B"][1]
-    calls = max(len(plan.order), 1)
-    return max(rows * min(calls, max(1, TABLE_ROWS // rows)) for rows in range(1, most + 1))
-
-
 def constant_bytes(plan: Plan) -> int:
     """Bytes of the constants that all workspaces share."""
     weights = {weight.name: weight for weight in plan.weights}

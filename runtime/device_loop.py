@@ -20,6 +20,7 @@ from dcc.runtime.device_layout import Size
 from dcc.runtime.device_model import DeviceModel, EngineSource, WeightSource
 from dcc.runtime.device_request import DeviceRequests, Told
 from dcc.runtime.loaded import KEPT_WORKSPACES, Callback, Progress
+from dcc.runtime.placement import Placement
 from dcc.runtime.plan import InputSpec, Plan
 from dcc.runtime.request_rules import Generation, RequestRules
 from dcc.runtime.sampler import SamplerTable
@@ -86,12 +87,14 @@ class DeviceArtifact:
         engine: EngineSource,
         weight: WeightSource | None = None,
         lanes: int = LANES,
+        placement: Placement | None = None,
     ) -> None:
         """`engine(name)` gives the bytes of each engine of the plan and of `LoopSpec.kinds`, for this device.
 
         `weight(key)` gives dtype and values of tensors that engines take as inputs. `lanes` requests run side by side.
         """
         self.artifact, self.device = artifact, device
+        self.placement = placement or Placement("tensorrt", None, True, device.name, "engines were given")
         self._model = DeviceModel(artifact, device, engine, weight)
         self.plan: Plan = self._model.plan
         self.sampler: SamplerTable | None = self._model.sampler
@@ -118,6 +121,10 @@ class DeviceArtifact:
     def max_images(self) -> int:
         """Images in one guided request."""
         return self._rules.max_images
+
+    def guidance_scale(self, scale: float | None) -> float:
+        """The guidance scale of a request that asks for this one; None is the artifact's own."""
+        return self._rules.guidance_scale(scale)
 
     def sample(
         self,

@@ -16,7 +16,8 @@ import numpy as np
 from dcc.errors import ArtifactError
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.device import Array, Device, Engine, HostBuffer, Place, Region, Stream, byte_count
-from dcc.runtime.loop_spec import LoopSpec, loop_spec, update_ports
+from dcc.runtime.device_engines import engine_specs
+from dcc.runtime.loop_spec import LoopSpec, loop_spec
 from dcc.runtime.plan import Plan, TensorSpec
 from dcc.runtime.sampler import SamplerTable
 
@@ -58,7 +59,7 @@ class DeviceModel:
         self.loop: LoopSpec | None = (
             None if self.sampler is None else loop_spec(self.plan, self.sampler, self.guidance)
         )  # fmt: skip
-        self.specs = {item.name: item for item in self.plan.engines}
+        self.specs = engine_specs(self.plan, self.loop)
         self._engine_source, self._weight_source = engine, weight
         self._engines: dict[str, Engine] = {}
         self._images: dict[str, Mapping[str, str]] = {}
@@ -137,10 +138,7 @@ class DeviceModel:
             )  # fmt: skip
 
     def _wanted_ports(self, name: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        if name in self.specs:
-            return self.specs[name].inputs, self.specs[name].outputs
-        kinds = self.loop.kinds if self.loop is not None else ()
-        return update_ports(next(kind for kind in kinds if kind.name == name))
+        return self.specs[name].inputs, self.specs[name].outputs
 
     def _stored(self, label: str, dtype: str, values: Array) -> Place:
         """A new region that holds the values."""

@@ -1,8 +1,9 @@
 """Layers of an artifact: engines for one backend, dtype and kind of device, beside the portable ones.
 
 The portable layer (ONNX models and their weights) is always there, and every other layer can be made again from it.
-`graphs` are the same engines strongly typed, their weights still those of the artifact; `engines` are what a library
-built from them ahead of time. A layer without engines is built where it is loaded first.
+`graphs` are the same engines strongly typed, their weights still those of the artifact, and the update engines of the
+loop (`loop_spec.py`); `engines` are what a library built from them ahead of time. A layer without engines is built
+where it is loaded first.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAYER_LIMIT = 64
 TEXT_LIMIT = 200
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,79}")
+_UPDATE = re.compile(r"update_[a-z]{1,20}_[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class Layer:
     """`name` is its folder in the artifact; `version` and `device` say what built its engines, and for which GPU.
 
-    `graphs` and `engines` map names of the plan's engines to members. `records` is the member that holds every network
-    as it was handed to the builder; `summary` is for people. `targets` are the names that were asked for.
+    `graphs` and `engines` map names of the plan's engines and of update engines to members. `records` is the member
+    that holds every network as it was handed to the builder; `summary` is for people. `targets` are the names that were
+    asked for.
     """
 
     name: str
@@ -83,6 +86,8 @@ def _layer(value: object, at: str, engines: Mapping[str, Any], members: Mapping[
             _refuse(f"{at}.capabilities", capability, "compute capabilities such as 80")
     for key in ("graphs", "engines"):
         _members(value[key], f"{at}.{key}", engines, members)
+    if value["engines"] and value["engines"].keys() != value["graphs"].keys():
+        _refuse(f"{at}.engines", sorted(value["engines"].keys() ^ value["graphs"].keys())[:8], "one for every graph")
     if value["records"] and (not isinstance(value["records"], str) or value["records"] not in members):
         _refuse(f"{at}.records", value["records"], "a member of the artifact, or nothing")
     if not isinstance(value["summary"], dict):
@@ -95,8 +100,10 @@ def _members(value: object, at: str, engines: Mapping[str, Any], members: Mappin
     """All engines of the plan have a member, or none has."""
     if not isinstance(value, dict):
         _refuse(at, value, "an object of members by engine")
-    if value and value.keys() != engines.keys():
-        _refuse(at, sorted(value.keys() ^ engines.keys())[:8], "every engine of the plan, or none")
+    wrong = [name for name in value.keys() - engines.keys() if not _UPDATE.fullmatch(name)]
+    if value and (wrong or engines.keys() - value.keys()):
+        got = sorted([*wrong, *(engines.keys() - value.keys())])[:8]
+        _refuse(at, got, "every engine of the plan, or none, and update engines")
     for engine, member in value.items():
         if not isinstance(member, str) or member not in members:
             _refuse(f"{at}.{shown(engine)}", member, "a member of the artifact")

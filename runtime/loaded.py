@@ -6,7 +6,6 @@ images = dit.sample(conditions={"y": [3, 7]}, guidance_scale=3.0, seed=0)      #
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dcc.errors import Cancelled, ExecutionError, UsageError
-from dcc.runtime.artifact import Artifact, Check
+from dcc.errors import Cancelled, ExecutionError
+from dcc.runtime.artifact import Artifact
 from dcc.runtime.guidance import Halves
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from dcc.runtime.placement import PROCESSOR, Placement
 from dcc.runtime.plan import InputSpec, Plan
 from dcc.runtime.request import Request
 from dcc.runtime.request_rules import RequestRules
@@ -41,27 +41,6 @@ class Progress:
 Callback = Callable[[Progress], bool | None]
 
 
-def load(
-    path: str | os.PathLike[str],
-    *,
-    threads: int | None = None,
-    low_memory: bool = False,
-    own_process: bool = False,
-    check: Check = "auto",
-) -> LoadedArtifact:
-    """The artifact, checked and ready to sample.
-
-    `threads` bounds the processors used (default: those the process may use). `low_memory` leaves weights mapped
-    instead of repacking them: less memory, 8 to 27 % slower. `own_process` says that nobody else in the process makes
-    ONNX Runtime sessions: the engines of a step that was cut then share one thread pool, which saves some 10 %, and
-    which any later session of the process would have to share. Raises ArtifactError for a damaged or foreign file.
-    """
-    if threads is not None and threads < 1:
-        raise UsageError("threads must be at least 1", got=threads)
-    artifact = Artifact.open(path, check=check)
-    return LoadedArtifact(artifact, OnnxRuntimeBackend(artifact, threads, low_memory, own_process))
-
-
 class LoadedArtifact:
     """See the module's text. Safe to use from several threads: requests queue, one runs at a time."""
 
@@ -71,9 +50,11 @@ class LoadedArtifact:
         backend: OnnxRuntimeBackend,
         plan: Plan | None = None,
         constants: Mapping[str, Array] | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """`plan` replaces the artifact's own: another step over the same weights, as a search tries them out."""
         self.artifact = artifact
+        self.placement = placement or Placement(PROCESSOR, None, True, "the processor", "asked for")
         self.plan: Plan = artifact.plan if plan is None else plan
         self.constants: Mapping[str, Array] = constants or {}
         table = artifact.manifest["sampler"]
@@ -181,6 +162,19 @@ class LoadedArtifact:
             space.prepare(asked.timesteps)
             return space.step(0, self.plan.order[0] if self.plan.order else 0).copy()
 
+    def close(self) -> None:
+        """Buffers and sessions are free; the next request makes them again."""
+        with self._taken():
+            self._workspaces.clear()
+            self._samplers.clear()
+            self._backend.close()
+
+    def __enter__(self) -> LoadedArtifact:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @contextmanager
     def _taken(self) -> Iterator[None]:
         if self._owner == threading.get_ident():
@@ -203,5 +197,6 @@ class LoadedArtifact:
             del self._samplers[next(iter(self._samplers))]
         return space
 
-    def _guidance_scale(self, scale: float | None) -> float:
+    def guidance_scale(self, scale: float | None) -> float:
+        """The guidance scale of a request that asks for this one; None is the artifact's own."""
         return self._rules.guidance_scale(scale)

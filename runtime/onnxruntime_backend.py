@@ -1,4 +1,4 @@
-"""The ONNX Runtime CPU backend: the only file of the runtime that knows ONNX Runtime.
+"""The ONNX Runtime backend, on the processor or by its CUDA provider: the only file that knows ONNX Runtime.
 
 Sessions own their thread pools, whose threads spin for a millisecond at most: the process burns nothing between
 calls, and other sessions of the host application are left alone (a global pool would make them raise). Where a step
@@ -19,6 +19,7 @@ import numpy as np
 
 from dcc.errors import ExecutionError
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
+from dcc.runtime.layers import Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,6 +27,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # where the step is one engine between steps; short where the next engine's threads need the processors. ONNX Runtime's
 # default spins for tens of milliseconds after every run; without spinning a batch of one is some 10 % slower.
 SPIN_MICROSECONDS = {"one engine": "1000", "several": "100"}
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
 
 _once = threading.Lock()
 _arena_ready = False
@@ -40,6 +43,15 @@ def _onnxruntime() -> Any:
             "ONNX Runtime is not installed", want="onnxruntime 1.30 or newer", next="pip install 'dcc[cpu]'"
         ) from error
     return onnxruntime
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA provider cannot be used, or None."""
+    try:
+        providers = _onnxruntime().get_available_providers()
+    except ExecutionError as error:
+        return error.what
+    return None if CUDA_PROVIDER in providers else "this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu"
 
 
 def _share_arena() -> None:
@@ -82,12 +94,17 @@ class OnnxRuntimeBackend:
         own_process: bool = False,
         several: bool = False,
         optimize: bool = True,
+        layer: Layer | None = None,
+        cuda_device: int | None = None,
     ) -> None:
         """`several` says that a step will have several engines although the artifact's has one.
 
-        Without `optimize` every node runs as it is written.
+        Without `optimize` every node runs as it is written. `layer` gives the typed graphs that run in place of the
+        portable engines. `cuda_device` is the GPU that runs them; what enters and leaves an engine stays on the host.
         """
         self._optimize = optimize
+        self._layer = layer
+        self._cuda_device = cuda_device
         self._artifact = artifact
         self._threads = default_threads() if threads is None else threads
         self._low_memory = low_memory
@@ -113,7 +130,11 @@ class OnnxRuntimeBackend:
 
     def model(self, engine: str) -> bytes:
         """The engine's ONNX model, its weights located in the artifact."""
-        return self._models.get(engine) or self._artifact.engine_model(engine)
+        if engine in self._models:
+            return self._models[engine]
+        if self._layer is not None:
+            return self._artifact.layer_graph(self._layer, engine)
+        return self._artifact.engine_model(engine)
 
     def session(self, engine: str) -> Any:
         """The engine's session. Raises ExecutionError where ONNX Runtime refuses the model."""
@@ -149,13 +170,31 @@ class OnnxRuntimeBackend:
         if not self._optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return ort.InferenceSession(self.model(engine), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(self.model(engine), options, providers=self._providers())
         except Exception as error:  # ONNX Runtime raises its own family of types
             raise ExecutionError(
                 "ONNX Runtime refuses an engine of the artifact", at=engine, got=str(error).splitlines()[0][:300],
                 want=f"a model for opset 23; this is onnxruntime {ort.__version__}",
                 next="upgrade onnxruntime, or compile the model again with this version",
             ) from error  # fmt: skip
+        if self._cuda_device is not None and CUDA_PROVIDER not in session.get_providers():
+            # ONNX Runtime only warns, and would run on the processor.
+            raise ExecutionError(
+                "ONNX Runtime cannot use the GPU", at=engine, got=", ".join(session.get_providers()),
+                want=CUDA_PROVIDER, next="check that CUDA and cuDNN of onnxruntime-gpu's version are installed",
+            )  # fmt: skip
+        return session
+
+    def _providers(self) -> list[Any]:
+        processor = "CPUExecutionProvider"
+        if self._cuda_device is None:
+            return [processor]
+        return [(CUDA_PROVIDER, {"device_id": self._cuda_device}), processor]
+
+    def close(self) -> None:
+        """Sessions are gone, and with them their threads and packed weights."""
+        with self._lock:
+            self._sessions.clear()
 
     def bind(self, engine: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Binding:
         """The engine reading and writing these arrays in place, each time it runs."""

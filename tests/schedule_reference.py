@@ -44,7 +44,8 @@ from dcc.ir.schedule import (
 )
 from dcc.passes import run_passes
 from dcc.preparation import manifest_of, pipeline
-from dcc.runtime.loaded import LoadedArtifact, load
+from dcc.runtime.loaded import LoadedArtifact
+from dcc.runtime.loading import load_on_processor as load
 from dcc.runtime.noise import Noise
 from dcc.runtime.sampler import Sampler
 from dcc.tolerances import TOLERANCE
@@ -347,10 +348,11 @@ def sketch_subject(program: Program) -> Subject:
 
 
 @st.composite
-def schedules(draw: st.DrawFn, names: tuple[str, ...], calls: int) -> Schedule:
+def schedules(draw: st.DrawFn, names: tuple[str, ...], calls: int, join: int = 0) -> Schedule:
     """Any schedule: random units, actions with random weights near one in sum, and modes.
 
-    Some units are skipped in all calls, which is what lets them be skipped in the first.
+    Some units are skipped in all calls, which is what lets them be skipped in the first. Before component `join`
+    streams are joined to one; a run of components across that place has nothing to pass by them, so is not skipped.
     """
     starts = [0, *(index for index in range(1, len(names)) if draw(st.booleans()))]
     units = [
@@ -365,9 +367,10 @@ def schedules(draw: st.DrawFn, names: tuple[str, ...], calls: int) -> Schedule:
         kinds = [BOTH, BOTH, CONDITIONAL, *([GuidanceMode("reuse", draw(weights(known)))] if known else [])]
         modes.append(draw(st.sampled_from(kinds)))
     columns = []
-    for _ in units:
+    for unit in units:
         column: list[Action] = []
-        if not whole and draw(st.integers(0, 7)) == 7:
+        skippable = not whole and not unit.first < join <= unit.last
+        if skippable and draw(st.integers(0, 7)) == 7:
             columns.append([SKIP] * calls)
             continue
         for call in range(calls):
@@ -378,7 +381,7 @@ def schedules(draw: st.DrawFn, names: tuple[str, ...], calls: int) -> Schedule:
             kinds = [
                 COMPUTE,
                 *([REUSE, forecast(draw(weights(valid)))] if valid else []),
-                *([SKIP] if call and not whole else []),
+                *([SKIP] if call and skippable else []),
             ]
             column.append(draw(st.sampled_from(kinds)))
         columns.append(column)

@@ -23,7 +23,7 @@ from dcc.exports.update_engines import update_engines
 from dcc.frontend.samplers import sampler_table
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.device import DeviceMemoryError
-from dcc.runtime.device_layout import largest_table_rows
+from dcc.runtime.device_engines import largest_table_rows
 from dcc.runtime.device_loop import DeviceArtifact
 from dcc.runtime.loaded import LoadedArtifact
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -117,12 +117,13 @@ def test_halves_that_start_where_no_port_may(tmp_path: Path) -> None:
 
 def test_table_engines_run_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Three sampler calls at once where the rows of four would be too many; the last piece is shorter."""
-    monkeypatch.setattr("dcc.runtime.device_layout.TABLE_ROWS", 12)
+    for module in ("device_layout", "device_engines"):
+        monkeypatch.setattr(f"dcc.runtime.{module}.TABLE_ROWS", 12)
     for name, sampler in (("sd3", "flow-euler"), ("dit", "ddim")):
         watched = Watched(with_sampler(name, sampler_table(sampler, steps=4), tmp_path / "a.dcc"))
         watched.check(**subject(name).rows(2), seed=2)
         assert largest_table_rows(watched.loaded.plan) == 16
-    monkeypatch.setattr("dcc.runtime.device_layout.TABLE_ROWS", 4096)
+    monkeypatch.setattr("dcc.runtime.device_engines.TABLE_ROWS", 4096)
     assert largest_table_rows(watched.loaded.plan) == 16 * 4
 
 

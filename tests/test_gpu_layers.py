@@ -20,13 +20,14 @@ from dcc.cost_model.local_device import Device
 from dcc.cost_model.targets import targets_named
 from dcc.errors import ArtifactError, ExportError, UsageError
 from dcc.exports.artifact_extension import ArtifactExtension
-from dcc.exports.tensorrt_builder import TensorRt
 from dcc.layer_check import check_layer
-from dcc.layers import BuildOptions, LayerRequest, add_layers, layer_requests, on_this_device, rows_of
+from dcc.layers import BuildOptions, LayerRequest, add_layers, layer_requests, on_this_device
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
 from dcc.runtime.container import WEIGHTS_MEMBER
+from dcc.runtime.device_engines import profile_rows
 from dcc.runtime.layers import layers_from_json
-from dcc.runtime.loaded import load
+from dcc.runtime.loading import load_on_processor as load
+from dcc.runtime.tensorrt_builder import TensorRt
 from dcc.tolerances import TOLERANCE
 
 FAMILIES = ("dit", "pixart", "sd3", "flux", "wan")
@@ -86,7 +87,11 @@ def test_graphs_read_the_portable_weights_and_keep_meaning(
     made = Artifact.open(output)
     assert layer == made.layers[0] and layer.engines == {} and layer.version == ""
     assert made.manifest["members"]["weights.bin"] == Artifact.open(path).manifest["members"]["weights.bin"]
-    errors = [engine["error"] for engine in layer.summary["engines"].values()]
+    summary = layer.summary["engines"]
+    updates = {name for name in layer.graphs if name.startswith("update_")}
+    # Those are float32, and are compared with the formulas in test_update_engines.
+    assert len(updates) >= 2 and all(summary[name]["reduced"] == 0 for name in updates)
+    errors = [summary[name]["error"] for name in summary.keys() - updates]
     assert all(error is not None for error in errors), "an engine was never run"
     limit = TOLERANCE[dtype].forward
     assert max(errors) <= limit and layer.summary["forward_error"] <= limit
@@ -230,7 +235,7 @@ def test_a_library_that_is_not_there_is_named_with_a_way_out(
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("dcc.exports.tensorrt_builder.importlib.import_module", missing)
+    monkeypatch.setattr("dcc.runtime.tensorrt_builder.importlib.import_module", missing)
     with pytest.raises(ExportError) as caught:
         build(artifact("dit", "step"), target="a100", output=tmp_path / "model.dcc")
     assert "pip install 'dcc[tensorrt-rtx]'" in str(caught.value) and "--backend tensorrt" in str(caught.value)
@@ -257,7 +262,7 @@ def test_engines_are_built_here_where_the_gpu_is() -> None:
 def test_profiles_hold_what_the_runtime_asks_for(artifact: Callable[..., Path]) -> None:
     plan = Artifact.open(artifact("dit", "component")).plan
     low, high = plan.symbols["B"]
-    kinds = {engine.kind: rows_of(plan, engine) for engine in plan.engines}
+    kinds = {engine.kind: profile_rows(plan, engine) for engine in plan.engines}
     least, typical, most = kinds["step"] or (0, 0, 0)
     assert least == 1 and least <= typical <= most == high and low >= 1
     assert (kinds["table"] or (0, 0, 0))[2] >= high * min(len(plan.order), 2)
@@ -269,7 +274,7 @@ def test_profiles_hold_what_the_runtime_asks_for(artifact: Callable[..., Path]) 
         (lambda layer: {**layer, "backend": "abacus"}, "tensorrt-rtx, tensorrt, onnxruntime-cuda"),
         (lambda layer: {**layer, "dtype": "float8"}, "float32, float16, bfloat16"),
         (lambda layer: {**layer, "name": "../up"}, "lower-case letters"),
-        (lambda layer: {**layer, "graphs": {"step": "nowhere.onnx"}}, "every engine of the plan, or none"),
+        (lambda layer: {**layer, "graphs": {"step": "nowhere.onnx"}}, "every engine of the plan, or none, and update engines"),
         (lambda layer: {**layer, "graphs": dict.fromkeys(layer["graphs"], "nowhere.onnx")}, "a member"),
         (lambda layer: {**layer, "capabilities": ["80"]}, "compute capabilities such as 80"),
         (lambda layer: {**layer, "records": "nowhere"}, "a member of the artifact, or nothing"),

@@ -58,6 +58,7 @@ def cost_model_may(file: str, name: str) -> bool:
 
 RUNTIME_TYPES = (
     "artifact", "plan", "container", "manifest", "plan_rules", "plan_reader", "strict_json", "sampler", "loop_spec",
+    "builder_callbacks", "engine_cache", "network_record", "tensorrt_builder",
 )  # fmt: skip
 
 

@@ -25,12 +25,13 @@ from onnx import TensorProto, external_data_helper, helper, load_model_from_stri
 
 from dcc.errors import ExportError
 from dcc.exports import engine_workers
-from dcc.exports.engine_cache import EngineCache, default_folder
+from dcc.exports.cached_build import build, request_key
 from dcc.exports.engine_workers import build_all
-from dcc.exports.network_record import check_network, layer_counts
-from dcc.exports.tensorrt_builder import BuilderOptions, BuildRequest, BuiltEngine, TensorRt, build, request_key
 from dcc.runtime.artifact import Artifact
+from dcc.runtime.engine_cache import EngineCache, default_folder
+from dcc.runtime.network_record import check_network, layer_counts
 from dcc.runtime.plan import EngineSpec, TensorSpec
+from dcc.runtime.tensorrt_builder import BuilderOptions, BuildRequest, BuiltEngine, TensorRt
 
 pytest.importorskip("tensorrt_rtx", reason="needs pip install 'dcc[tensorrt-rtx]'", exc_type=ImportError)
 
@@ -86,7 +87,7 @@ def no_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("an engine was built")
 
-    monkeypatch.setattr("dcc.exports.tensorrt_builder.serialize", refuse)
+    monkeypatch.setattr("dcc.exports.cached_build.serialize", refuse)
     monkeypatch.setattr("dcc.exports.engine_workers.subprocess.Popen", refuse)
 
 
@@ -522,7 +523,7 @@ def test_a_missing_or_old_library_says_what_to_install(monkeypatch: pytest.Monke
     with pytest.raises(ExportError, match="TensorRT is too old") as caught:
         TensorRt.find("tensorrt")
     assert caught.value.details == {
-        "got": "10.9.0.34", "want": "TensorRT 10.13 or newer", "next": "pip install --upgrade 'dcc[tensorrt]'"
+        "got": "10.9.0.34", "want": "TensorRT 10.14 or newer", "next": "pip install --upgrade 'dcc[tensorrt]'"
     }  # fmt: skip
     plant_library(monkeypatch, "tensorrt", "11.4.0.2")
     found = TensorRt.find()

@@ -151,9 +151,10 @@ def kinds_of_all_parts() -> list[UpdateKind]:
 def test_tensorrt_builds_every_part() -> None:
     """Guidance, kept and reused differences, clipping, learned variance and noise, for compute capability 80."""
     pytest.importorskip("tensorrt_rtx")
-    from dcc.exports.network_record import check_network
-    from dcc.exports.tensorrt_builder import BuildRequest, TensorRt, build
+    from dcc.exports.cached_build import build
+    from dcc.runtime.network_record import check_network
     from dcc.runtime.plan import EngineSpec
+    from dcc.runtime.tensorrt_builder import BuildRequest, TensorRt
 
     library = TensorRt.find("tensorrt-rtx")
     for kind in kinds_of_all_parts():

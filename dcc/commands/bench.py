@@ -15,7 +15,7 @@ from dcc.errors import UsageError
 if TYPE_CHECKING:
     from dcc.bench import Generate, Timing
     from dcc.original import Forward, Original
-    from dcc.runtime import LoadedArtifact
+    from dcc.runtime import CompiledDenoiser
 
 BaselineOption = Annotated[
     str | None, typer.Option(metavar="eager,compile,onnxruntime", help="What to compare with (default: all; or none).")
@@ -37,6 +37,7 @@ def bench(
     arch: options.ArchOption = None,
     role: options.RoleOption = None,
     trust_pickle: options.TrustOption = False,
+    backend: options.RunsWithOption = "auto",
     threads: options.ThreadsOption = None,
     as_json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
@@ -49,7 +50,7 @@ def bench(
         from dcc.runtime import load
 
         imported = time.perf_counter() - start
-        artifact = load(model, threads=threads)
+        artifact = load(model, backend=backend, threads=threads, told=stages)
         loaded = time.perf_counter() - start - imported
         _check_batches(artifact, batches)
         path = against or _compiled_from(artifact)
@@ -75,7 +76,7 @@ def bench(
 
 
 def measure(
-    artifact: LoadedArtifact, original: Original | None, names: list[str], batches: list[int], repeats: int,
+    artifact: CompiledDenoiser, original: Original | None, names: list[str], batches: list[int], repeats: int,
     calls: int | None, guidance_scale: float | None, threads: int | None, stages: Stages,
 ) -> tuple[list[list[Timing]], list[dict[str, Any]]]:  # fmt: skip
     """Timings of every candidate, by batch; and the same for JSON."""
@@ -115,14 +116,14 @@ def _forwards(original: Original, names: list[str], threads: int | None, stages:
 
 
 def _candidates(
-    artifact: LoadedArtifact, original: Original | None, forwards: dict[str, Forward], images: int, calls: int | None,
+    artifact: CompiledDenoiser, original: Original | None, forwards: dict[str, Forward], images: int, calls: int | None,
     guidance_scale: float | None,
 ) -> dict[str, Generate]:  # fmt: skip
     from dcc.bench import artifact_loop, original_loop
     from dcc.commands.verify import conditions_for
     from dcc.conditions import negatives_for, rows_for, with_classes
 
-    scale = artifact._guidance_scale(guidance_scale)
+    scale = artifact.guidance_scale(guidance_scale)
     negatives = negatives_for(artifact, images)
     if original is None:
         rows = rows_for(artifact, with_classes(artifact, {}, ()), images)
@@ -153,14 +154,14 @@ def _baselines(text: str | None, path: str | None) -> list[str]:
     return names
 
 
-def _compiled_from(artifact: LoadedArtifact) -> str | None:
+def _compiled_from(artifact: CompiledDenoiser) -> str | None:
     """The path in the artifact's recipe, if there still is something there."""
     recipe = artifact.artifact.manifest["recipe"] or {}
     path = str(recipe.get("source", "")).partition(" sha256:")[0]
     return path if path and Path(path).exists() else None
 
 
-def _check_batches(artifact: LoadedArtifact, batches: list[int]) -> None:
+def _check_batches(artifact: CompiledDenoiser, batches: list[int]) -> None:
     for images in batches:
         if not 1 <= images <= artifact.max_images:
             raise UsageError(

@@ -51,7 +51,7 @@ def calibrate(
         from dcc.calibrate import check, compile_for_calibration, engine_contents, engine_titles, new_table
         from dcc.cost_model.table import CalibrationTable, default_path
         from dcc.preparation import Source
-        from dcc.runtime import load
+        from dcc.runtime.loading import load_on_processor
 
         path = Path(output) if output else default_path(target)
         if output:
@@ -64,7 +64,7 @@ def calibrate(
                 sampler_options=options.sampler_options(sampler_option), max_batch=max(64, *counts),
             )  # fmt: skip
             program = compile_for_calibration(source, file)
-            artifact = load(file, threads=threads, own_process=True)
+            artifact = load_on_processor(file, threads=threads, own_process=True)
             contents = engine_contents(artifact.artifact, program)
             found = measure(file, contents, counts, repeats, threads=threads, told=stages)
             fresh = new_table(target, threads)

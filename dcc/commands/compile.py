@@ -143,7 +143,7 @@ def layer_rows(layer: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("layer", text), ("", layer["summary"]["reason"])]
     error = layer["summary"]["forward_error"]
     if error is not None:
-        worst = max(engine["error"] for engine in engines.values())
+        worst = max(engine["error"] for engine in engines.values() if engine["error"] is not None)
         rows.append(("", f"{error:.1e} of the range away from float32 in a forward, {worst:.1e} in the worst engine"))
     return rows
 

@@ -35,6 +35,14 @@ BackendOption = Annotated[
 EngineCacheOption = Annotated[
     bool, typer.Option("--engine-cache/--no-engine-cache", help="Keep built engines for the next time.")
 ]
+RunsWithOption = Annotated[
+    str,
+    typer.Option(
+        "--backend", metavar="NAME",
+        help="auto (a GPU for which there is a layer, else the processor), onnxruntime, tensorrt, tensorrt-rtx, "
+        "onnxruntime-cuda.",
+    ),
+]  # fmt: skip
 ThreadsOption = Annotated[int | None, typer.Option(metavar="N", help="Processors to use (default: all).")]
 SamplerOption = Annotated[
     str | None,

@@ -15,7 +15,7 @@ from dcc.commands.terminal import CountedProgress, Stages, notice, print_json, s
 from dcc.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
-    from dcc.runtime import LoadedArtifact, Progress
+    from dcc.runtime import CompiledDenoiser, Progress
 
 PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 DEFAULT_IMAGES = 16
@@ -42,6 +42,7 @@ def run(
     output: Annotated[
         str, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp), or .npy for the numbers.")
     ] = "samples.png",
+    backend: options.RunsWithOption = "auto",
     threads: options.ThreadsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -57,7 +58,7 @@ def run(
         from dcc.conditions import rows_for, with_classes
         from dcc.runtime import load
 
-        artifact = load(model, threads=threads, own_process=True)
+        artifact = load(model, backend=backend, threads=threads, own_process=True, told=stages)
     _check_picture(artifact, kind)
     values = with_classes(artifact, given, classes or ())
     rows = rows_for(artifact, values, len(chosen))
@@ -72,7 +73,7 @@ def run(
 
 
 def sample_all(
-    artifact: LoadedArtifact, rows: Mapping[str, Any], others: Mapping[str, Any], seeds: Sequence[int],
+    artifact: CompiledDenoiser, rows: Mapping[str, Any], others: Mapping[str, Any], seeds: Sequence[int],
     guidance_scale: float | None,
 ) -> Array:  # fmt: skip
     """One sample per seed, in batches that the artifact's profile allows."""
@@ -95,7 +96,7 @@ def sample_all(
     return np.concatenate(parts)
 
 
-def batches_of(artifact: LoadedArtifact, images: int, guidance_scale: float | None) -> list[tuple[Array, int]]:
+def batches_of(artifact: CompiledDenoiser, images: int, guidance_scale: float | None) -> list[tuple[Array, int]]:
     """Rows of each batch, and how many of them are wanted: a profile with a least size is filled up."""
     low, high = artifact.plan.symbols["B"]
     guided = artifact.guidance["mode"] == "cfg" and guidance_scale != 1.0
@@ -141,7 +142,7 @@ def _kind(path: Path) -> str | None:
     return PICTURES[suffix]
 
 
-def _check_picture(artifact: LoadedArtifact, kind: str | None) -> None:
+def _check_picture(artifact: CompiledDenoiser, kind: str | None) -> None:
     """Before sampling: whether this latent can be shown, and what of it."""
     if kind is None:
         return
@@ -174,7 +175,7 @@ def _seeds(images: int | None, seed: int, seeds: str | None, classes: Sequence[i
 
 
 def _report(
-    artifact: LoadedArtifact, path: Path, samples: Array, seeds: list[int], rows: Mapping[str, Any], seconds: float
+    artifact: CompiledDenoiser, path: Path, samples: Array, seeds: list[int], rows: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     small = {name: value.tolist() for name, value in rows.items() if value.ndim <= 1}
     return {

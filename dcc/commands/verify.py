@@ -14,7 +14,8 @@ from dcc.errors import QualityError
 if TYPE_CHECKING:
     from dcc.original import Original
     from dcc.quality import Comparison
-    from dcc.runtime import LoadedArtifact
+    from dcc.runtime import CompiledDenoiser
+    from dcc.tolerances import Tolerance
 
 FORWARD_ROWS = 3
 UNKNOWN_TIMESTEP = 500.0
@@ -31,6 +32,7 @@ def verify(
     arch: options.ArchOption = None,
     role: options.RoleOption = None,
     trust_pickle: options.TrustOption = False,
+    backend: options.RunsWithOption = "auto",
     threads: options.ThreadsOption = None,
     as_json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
@@ -43,7 +45,7 @@ def verify(
         stages(f"loading {model}")
         from dcc.runtime import load
 
-        artifact = load(model, threads=threads)
+        artifact = load(model, backend=backend, threads=threads, told=stages)
         stages("importing torch")
         from dcc.original import open_original
 
@@ -61,7 +63,7 @@ def verify(
     _report(found, model, against, chosen, as_json)
 
 
-def warn_of_another_source(artifact: LoadedArtifact, original: Original) -> None:
+def warn_of_another_source(artifact: CompiledDenoiser, original: Original) -> None:
     """A difference may be no fault of the compiler's: say so where the files are not the same."""
     compiled = str((artifact.artifact.manifest["recipe"] or {}).get("source", ""))
     hashes = [text.rpartition(" sha256:")[2] for text in (compiled, original.loaded.source) if " sha256:" in text]
@@ -69,7 +71,7 @@ def warn_of_another_source(artifact: LoadedArtifact, original: Original) -> None
         notice("the model's file is not the one that the artifact was compiled from (its sha256 differs)")
 
 
-def conditions_for(artifact: LoadedArtifact, original: Original, images: int) -> dict[str, Any]:
+def conditions_for(artifact: CompiledDenoiser, original: Original, images: int) -> dict[str, Any]:
     """Every class in turn, and the model's own example for any other condition."""
     from dcc.conditions import class_conditions, classes_of, rows_for
 
@@ -82,12 +84,19 @@ def conditions_for(artifact: LoadedArtifact, original: Original, images: int) ->
     return rows_for(artifact, values, images)
 
 
-def compare_forward(artifact: LoadedArtifact, original: Original) -> Comparison:
+def tolerance_of(artifact: CompiledDenoiser) -> Tolerance:
+    """What rounding explains, in the type that the artifact computes in where it was placed."""
+    from dcc.tolerances import TOLERANCE
+
+    layer = artifact.placement.layer
+    return TOLERANCE["float32" if layer is None else layer.dtype]
+
+
+def compare_forward(artifact: CompiledDenoiser, original: Original) -> Comparison:
     """One forward on noise, at timesteps from all over the loop."""
     import torch
 
     from dcc.quality import compare
-    from dcc.tolerances import TOLERANCE
 
     low, high = artifact.plan.symbols["B"]
     rows = max(low, min(FORWARD_ROWS, high))
@@ -107,22 +116,21 @@ def compare_forward(artifact: LoadedArtifact, original: Original) -> Comparison:
     inputs[original.timestep] = timestep
     wanted = original.forward(inputs).numpy()
     got = artifact.denoise(**{name: value.numpy() for name, value in inputs.items()})
-    return compare(got, wanted, TOLERANCE["float32"].forward)
+    return compare(got, wanted, tolerance_of(artifact).forward)
 
 
 def compare_loop(
-    artifact: LoadedArtifact, original: Original, seeds: list[int], guidance_scale: float | None
+    artifact: CompiledDenoiser, original: Original, seeds: list[int], guidance_scale: float | None
 ) -> Comparison:
     """The whole loop with the same seeds: the artifact's samples, then PyTorch's, in the artifact's batches."""
     from dcc.commands.run import batches_of, sample_all
     from dcc.conditions import negatives_for, part_of, without_null
     from dcc.original import request_for
     from dcc.quality import compare
-    from dcc.tolerances import TOLERANCE
 
     rows = conditions_for(artifact, original, len(seeds))
     negatives = negatives_for(artifact, len(seeds))
-    scale = artifact._guidance_scale(guidance_scale)
+    scale = artifact.guidance_scale(guidance_scale)
     # Where the artifact knows the null, it must fill it in itself.
     told = {name: value for name, value in negatives.items() if name in without_null(artifact)}
     got = sample_all(artifact, rows, told, seeds, guidance_scale)
@@ -135,7 +143,7 @@ def compare_loop(
                 [seeds[place] for place in index], scale,
             )  # fmt: skip
             parts.append(original.sample(request, told=lambda _: progress.advance()).numpy()[:kept])
-    return compare(got, np.concatenate(parts).astype(np.float32), TOLERANCE["float32"].loop)
+    return compare(got, np.concatenate(parts).astype(np.float32), tolerance_of(artifact).loop)
 
 
 def _report(found: dict[str, Comparison], model: str, against: str, seeds: list[int], as_json: bool) -> None:

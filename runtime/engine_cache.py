@@ -12,17 +12,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from dcc.errors import ExportError
-
-if TYPE_CHECKING:  # workers build without onnx, and need a third of a second less to start
-    from onnx import GraphProto, TensorProto
+from typing import Any
 
 FORMAT = 1
-CHUNK = 2**20
 _DIGEST = 64  # hexadecimal digits of a sha256
 
 
@@ -82,61 +76,3 @@ def default_folder() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if base else (Path(shared) if shared else Path.home() / ".cache") / "dcc"
     return folder / "engines"
-
-
-def cache_key(model: bytes, folder: Path | None, facts: Mapping[str, Any]) -> str:
-    """Equal for models of equal meaning and weights, wherever the weights lie, built under equal `facts`.
-
-    Raises ExportError where `model` is not ONNX or its external data in `folder` cannot be read.
-    """
-    from onnx import ModelProto, TensorProto
-
-    proto = ModelProto()
-    try:
-        proto.ParseFromString(model)
-    except Exception as error:  # protobuf's own type, and protobuf is no dependence of ours
-        raise ExportError("this is not an ONNX model", got=f"{len(model)} bytes that do not decode") from error
-    digest = hashlib.sha256(json.dumps([FORMAT, facts], sort_keys=True).encode())
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            digest.update(_external_digest(tensor, folder))
-            del tensor.external_data[:]
-    digest.update(proto.SerializeToString(deterministic=True))
-    return digest.hexdigest()
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield attribute.t
-            yield from attribute.tensors
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node or inner.initializer:
-                    yield from _tensors(inner)
-
-
-def _external_digest(tensor: TensorProto, folder: Path | None) -> bytes:
-    """The sha256 of the tensor's bytes."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    path = (folder or Path()) / entries.get("location", "")
-    left = int(entries.get("length", "-1"))
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            file.seek(int(entries.get("offset", "0")))
-            while left and (chunk := file.read(min(CHUNK, left) if left > 0 else CHUNK)):
-                digest.update(chunk)
-                left -= len(chunk) if left > 0 else 0
-    except OSError as error:
-        raise _unreadable(tensor, path, error.strerror or str(error)) from error
-    if left > 0:
-        raise _unreadable(tensor, path, f"the file ends {left} bytes early")
-    return digest.digest()
-
-
-def _unreadable(tensor: TensorProto, path: Path, reason: str) -> ExportError:
-    return ExportError(
-        "the weights of an ONNX model cannot be read", at=f"{tensor.name} in {path}", got=reason,
-        next="give the folder that the external data lies in",
-    )  # fmt: skip

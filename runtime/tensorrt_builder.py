@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dcc.errors import ExportError
-from dcc.exports.builder_callbacks import Told, make_logger, make_monitor, stopped_by_interrupt
-from dcc.exports.engine_cache import EngineCache, cache_key
-from dcc.exports.network_record import BATCH, NetworkRecord, layer_record, port_record
+from dcc.runtime.builder_callbacks import Told, make_logger, make_monitor, stopped_by_interrupt
+from dcc.runtime.network_record import BATCH, NetworkRecord, layer_record, port_record
 
 Flavour = Literal["tensorrt-rtx", "tensorrt"]
 
-FLOORS = {"tensorrt-rtx": (1, 7), "tensorrt": (10, 13)}
+FLOORS = {"tensorrt-rtx": (1, 7), "tensorrt": (10, 14)}
 TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 # Without a driver these are said of good builds as well.
 _HARMLESS = ("cudaError 35", "Thread context has not been set")
@@ -132,26 +131,6 @@ class TensorRt:
         return cls(flavour, version, tuple(found), module)
 
 
-def build(
-    request: BuildRequest, library: TensorRt, told: Told = lambda name, done: None, cache: EngineCache | None = None
-) -> BuiltEngine:
-    """The engine, built in this process or found in `cache`, where it now is.
-
-    What TensorRT writes to standard output when a build fails is written: `build_all` keeps it away.
-    Raises ExportError with the library's first error, the ONNX node that it names, and what to do.
-    """
-    check_request(request, library)
-    key = request_key(request, library) if cache is not None else ""
-    if cache is not None and (found := cached_engine(request, key, cache)) is not None:
-        told(request.name, 1.0)
-        return found
-    data, record, cost = serialize(request, library, told)
-    engine = BuiltEngine(request.name, bytes(data), record, cost)
-    if cache is not None:
-        store_engine(engine, key, cache)
-    return engine
-
-
 def serialize(
     request: BuildRequest, library: TensorRt, told: Told = lambda name, done: None
 ) -> tuple[memoryview, NetworkRecord, BuildCost]:
@@ -192,29 +171,6 @@ def check_capabilities(capabilities: Sequence[int], library: TensorRt, at: str) 
             got=", ".join(map(str, unknown)) or "none", want=", ".join(map(str, library.capabilities)),
             next="choose another target, or build on the GPU itself with pip install 'dcc[tensorrt]'",
         )  # fmt: skip
-
-
-def request_key(request: BuildRequest, library: TensorRt) -> str:
-    """The cache's key of the engine: equal for requests that give equal engines, whatever their names."""
-    facts = {
-        "library": library.flavour, "version": library.version, "device": request.device, "rows": request.rows,
-        "capabilities": sorted(set(request.capabilities)), "options": asdict(request.options),
-    }  # fmt: skip
-    return cache_key(request.model, request.folder, facts)
-
-
-def cached_engine(request: BuildRequest, key: str, cache: EngineCache) -> BuiltEngine | None:
-    """The engine of an earlier build, or None."""
-    found = cache.get(key)
-    if found is None:
-        return None
-    facts, data = found
-    return BuiltEngine(request.name, data, facts["record"], BuildCost(**facts["cost"] | {"cached": True}))
-
-
-def store_engine(engine: BuiltEngine, key: str, cache: EngineCache) -> None:
-    """The engine is in the cache, or the cache says what its problem is."""
-    cache.put(key, {"record": engine.record, "cost": asdict(engine.cost)}, engine.data)
 
 
 def _attempt(
