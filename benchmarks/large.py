@@ -1,15 +1,46 @@
-"""DiT-XL/2 (675 M random parameters) compiled for the CPU: seconds, peak memory, what leaves the loop."""
+"""DiT-XL/2 (675 M random parameters) compiled: seconds, peak memory, what leaves the loop, what layers for GPUs take.
+
+    python benchmarks/large.py                               # the portable engines alone
+    python benchmarks/large.py --target a100,rtx4090,rtx5090 # engines for GPUs as well, built here
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def layer_figures(path: Path) -> list[dict[str, Any]]:
+    """Bytes of each layer's members against its weights in its own type, which the plan stores once each."""
+    from dcc.runtime import Artifact
+
+    artifact = Artifact.open(path, check="fast")
+    sizes = {name: entry["size"] for name, entry in artifact.manifest["members"].items()}
+    stored = sum(weight.nbytes for weight in artifact.plan.weights)
+    rows = []
+    for layer in artifact.layers:
+        engines = layer.summary["engines"].values()
+        halves = stored / 2
+        rows.append({
+            "layer": layer.name,
+            "GB": round(sum(sizes[name] for name in layer.members()) / 1e9, 3),
+            "over half-size weights": round(sum(sizes[name] for name in layer.members()) / halves, 3),
+            "build seconds": round(sum(engine.get("seconds", 0.0) for engine in engines), 1),
+            "worker peak GB": round(max((engine.get("peak_bytes", 0) for engine in engines), default=0) / 1e9, 3),
+            "peak over half-size weights": round(
+                max((engine.get("peak_bytes", 0) for engine in engines), default=0) / halves, 2
+            ),
+            "forward error": layer.summary["forward_error"],
+        })  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -17,15 +48,21 @@ def main() -> None:
 
     import dcc
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="cpu")
+    target = parser.parse_args().target
+
     made = models.dit_xl()
     weights = sum(p.numel() * p.element_size() for p in made["module"].parameters())
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         report = dcc.compile(
             made["module"], example_inputs=made["example_inputs"], sampler="ddim", steps=50, guidance="none",
-            output=Path(folder) / "xl.dcc", progress=lambda text: print(text, file=sys.stderr, flush=True),
+            output=Path(folder) / "xl.dcc", target=target, engine_cache=False,
+            progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
         seconds = time.perf_counter() - start
+        layers = layer_figures(Path(folder) / "xl.dcc")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     hoist = next(item for item in report.passes if item["name"] == "hoist-scopes")
     cut = next(item for item in report.passes if item["name"] == "cut-stages")
@@ -44,6 +81,7 @@ def main() -> None:
                 ),
                 "cut": cut["why"],
                 "forward error": report.forward_error,
+                "layers": layers,
             },
             indent=1,
         )

@@ -274,7 +274,10 @@ def test_profiles_hold_what_the_runtime_asks_for(artifact: Callable[..., Path]) 
         (lambda layer: {**layer, "backend": "abacus"}, "tensorrt-rtx, tensorrt, onnxruntime-cuda"),
         (lambda layer: {**layer, "dtype": "float8"}, "float32, float16, bfloat16"),
         (lambda layer: {**layer, "name": "../up"}, "lower-case letters"),
-        (lambda layer: {**layer, "graphs": {"step": "nowhere.onnx"}}, "every engine of the plan, or none, and update engines"),
+        (
+            lambda layer: {**layer, "graphs": {"step": "nowhere.onnx"}},
+            "every engine of the plan, or none, and update engines",
+        ),
         (lambda layer: {**layer, "graphs": dict.fromkeys(layer["graphs"], "nowhere.onnx")}, "a member"),
         (lambda layer: {**layer, "capabilities": ["80"]}, "compute capabilities such as 80"),
         (lambda layer: {**layer, "records": "nowhere"}, "a member of the artifact, or nothing"),
