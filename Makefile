@@ -13,7 +13,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compile,cpu,diffusers,search,dist,examples,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[compile,cpu,diffusers,search,dist,tensorrt-rtx,cuda,examples,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -46,7 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/schedules.py --steps 20 -o $(OUT)
 	$(BIN)/python benchmarks/schedules.py --steps 50 -o $(OUT)
 	$(BIN)/python benchmarks/router.py --steps 20
-	$(BIN)/python benchmarks/cost_model.py --images 8 --steps 10
+	$(BIN)/python benchmarks/cost_model.py --schedules 50 --images 16 --steps 20
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .
