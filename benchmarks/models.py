@@ -28,6 +28,14 @@ def dit_xl() -> dict[str, Any]:
     return {"module": module.eval(), "example_inputs": inputs, "nulls": {"y": 1000}, "ranges": {"y": (0, 1000)}}
 
 
+def dit_s(depth: int = 12) -> dict[str, Any]:
+    """DiT-S/2 for a 32x32 latent: 33 M parameters."""
+    torch.manual_seed(0)
+    module = randomise_constants(DiT(DiTConfig(depth=depth, hidden_size=384, num_heads=6))).eval()
+    inputs = {"x": torch.randn(2, 4, 32, 32), "t": torch.tensor([1.0, 999.0]), "y": torch.tensor([1, 2])}
+    return {"module": module, "example_inputs": inputs, "nulls": {"y": 1000}, "ranges": {"y": (0, 1000)}}
+
+
 def pixart(width: int = 256, depth: int = 28) -> dict[str, Any]:
     """After PixArt-256: 28 blocks, 256 image tokens, 300 text tokens, at reduced width."""
     from diffusers import PixArtTransformer2DModel

@@ -18,13 +18,14 @@ import math
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import dcc
-from dcc.ir.schedule import delta_units, from_steps
+from dcc.ir.schedule import Schedule, delta_units, from_steps
 from dcc.preparation import Source, StageClock, prepare
 from dcc.search.evaluator import TrajectoryEvaluator
 from dcc.search.front import Front, Point
@@ -195,41 +196,58 @@ def common_hypervolume(losses: list[tuple[float, float]], exact: float) -> float
 
 
 def overhead(steps: int) -> None:
-    """What the plan itself costs: a sampler call's wall time outside its engines."""
-    prepared = prepare(Source(MODEL, sampler="ddim", steps=steps), 1)
+    """What the plan itself costs: a sampler call's wall time outside its engines, and what numpy allocates in it."""
     rows = []
-    with tempfile.TemporaryDirectory() as work:
-        laboratory = Laboratory(prepared.program, Path(work), images=16, held_out_images=1, own_process=True)
-        components = prepared.program.components
-        thirds = from_steps(components, delta_units(components), [[call % 3 == 0] for call in range(steps)], 1)
-        for name, schedule in (("exact", None), ("a third computed", thirds)):
-            loaded = laboratory.load(schedule, finest=False)
-            values = laboratory.request_values(loaded, laboratory.search)
-            loaded.sample(**values)
-            inside, total = [], []
-            for _ in range(5):
-                with loaded.request(**values) as request:
-                    for call in range(request.calls):
-                        start = time.perf_counter()
-                        output = request.output(call)
-                        request.advance(call, output)
-                        total.append(time.perf_counter() - start)
-                    space = request.space
-                    for bindings in [space.bind_program(program, space.rows) for program in space.plan.order]:
-                        start = time.perf_counter()
-                        for binding in bindings:
-                            binding.run()
-                        inside.append(time.perf_counter() - start)
-            mean, within = np.mean(total) * 1e3, np.mean(inside) * 1e3
-            rows.append([name, f"{mean:.2f} ms", f"{within:.2f} ms", f"{mean - within:.2f} ms"])
-            if schedule is None:
-                full = mean
-        rows[-1].append(f"{float(rows[-1][3].split()[0]) / full:.1%}")
-        rows[0].append(f"{float(rows[0][3].split()[0]) / full:.1%}")
+    for name, model, images, calls in (("digits", MODEL, 16, steps), ("DiT-S/2", "models:dit_s", 2, 6)):
+        prepared = prepare(Source(model, sampler="ddim", steps=calls, guidance="cfg"), 1)
+        with tempfile.TemporaryDirectory() as work:
+            laboratory = Laboratory(prepared.program, Path(work), images=images, held_out_images=1, own_process=True)
+            components = prepared.program.components
+            thirds = from_steps(components, delta_units(components), [[call % 3 == 0] for call in range(calls)], 1)
+            full = 0.0
+            for schedule in (None, thirds):
+                mean, within, allocated = call_costs(laboratory, schedule)
+                full = full or mean
+                rows.append([
+                    f"{name}, {images} images, {'exact' if schedule is None else 'a third computed'}",
+                    f"{mean:.2f} ms", f"{within:.2f} ms", f"{mean - within:.2f} ms", f"{(mean - within) / full:.1%}",
+                    f"{allocated:,} B",
+                ])  # fmt: skip
     table(
-        f"A sampler call at batch 16, {steps} steps: mean wall time, engines alone, the rest",
-        ["", "call", "engines", "rest", "rest of a full call"], rows,
+        "A sampler call: mean wall time, engines alone, the rest; most bytes allocated in a call after the first",
+        ["", "call", "engines", "rest", "rest of a full call", "allocated"], rows,
     )  # fmt: skip
+
+
+def call_costs(laboratory: Laboratory, schedule: Schedule | None) -> tuple[float, float, int]:
+    """Mean milliseconds of a call and of its engines, engines merged as shipped; bytes of Python's memory in a call."""
+    loaded = laboratory.load(schedule, finest=False)
+    values = laboratory.request_values(loaded, laboratory.search)
+    loaded.sample(**values)
+    inside, total, allocated = [], [], 0
+    for _ in range(5):
+        with loaded.request(**values) as request:
+            for call in range(request.calls):
+                start = time.perf_counter()
+                output = request.output(call)
+                request.advance(call, output)
+                total.append(time.perf_counter() - start)
+            space = request.space
+            for bindings in [space.bind_program(program, space.rows) for program in space.plan.order]:
+                start = time.perf_counter()
+                for binding in bindings:
+                    binding.run()
+                inside.append(time.perf_counter() - start)
+    tracemalloc.start()
+    with loaded.request(**values) as request:
+        for call in range(request.calls):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            request.advance(call, request.output(call))
+            if call:
+                allocated = max(allocated, tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+    return float(np.mean(total)) * 1e3, float(np.mean(inside)) * 1e3, allocated
 
 
 def main() -> None:

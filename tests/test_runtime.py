@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,22 @@ def test_wrong_input_is_one_clear_message(case: str, dit: LoadedArtifact) -> Non
 def test_threads_below_one_are_refused(path: Path) -> None:
     with pytest.raises(UsageError, match="threads must be at least 1"):
         load(path, threads=0)
+
+
+def test_no_call_after_the_first_allocates(dit: LoadedArtifact) -> None:
+    """numpy reports its memory to tracemalloc; eight images with guidance have latents of 12 KiB."""
+    dit.sample({"y": [3] * 8}, seed=1)
+    tracemalloc.start()
+    try:
+        with dit.request({"y": [3] * 8}, seed=1) as request:
+            for call in range(request.calls):
+                tracemalloc.reset_peak()
+                before, _ = tracemalloc.get_traced_memory()
+                request.advance(call, request.output(call))
+                if call:
+                    assert tracemalloc.get_traced_memory()[1] - before < 4 * 8 * 3 * 8 * 8 / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_largest_batch_of_the_profile_runs(dit: LoadedArtifact) -> None:

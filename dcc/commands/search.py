@@ -29,7 +29,7 @@ def search(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in the folder.")] = False,
     images: Annotated[int, typer.Option(min=1, help="Images that a schedule is tried out on.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
-    unseeded: Annotated[bool, typer.Option("--unseeded", help="Start from the exact schedule alone.")] = False,
+    unseeded: Annotated[bool, typer.Option("--unseeded", help="Start from schedules drawn at random.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Evaluations at a time on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(metavar="auto|ADDRESS", help="Evaluate on a Ray cluster.")] = None,
     max_latency: Annotated[float | None, typer.Option(metavar="MS", help="Predicted milliseconds at most.")] = None,

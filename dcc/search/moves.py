@@ -6,12 +6,14 @@ it can: a bit flip in a genome of a thousand genes seldom does.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from dcc.search.genome import COMPUTES, DROPS_GUIDANCE, Array, Genome, Space
+from dcc.search.genome import COMPUTES, DROPS_GUIDANCE, Array, Genome, Space, canonical
 
 ATTEMPTS = 8
 
@@ -38,6 +40,18 @@ def cross(space: Space, left: Genome, right: Genome, random: np.random.Generator
         actions[first:end], guidance[first:end] = inner.actions[first:end], inner.guidance[first:end]
         children.append(Genome(actions, guidance, outer.branch.copy()))
     return children[0], children[1]
+
+
+def drawn(space: Space, computed: int, random: np.random.Generator) -> Genome:
+    """All components compute in `computed` calls, the first and one drawn from each of equal runs of calls.
+
+    In the others they are extrapolated in an order that is drawn. What a search starts from that is told nothing.
+    """
+    edges = np.linspace(1, space.calls, computed)
+    calls = [0, *(int(random.integers(math.floor(low), math.ceil(high))) for low, high in itertools.pairwise(edges))]
+    actions = np.full((space.calls, len(space.components)), 1 + random.choice(space.orders), np.int8)
+    actions[calls] = COMPUTES
+    return canonical(space, Genome(actions, np.zeros(space.calls, np.int8), np.zeros(len(space.components), bool)))
 
 
 def swap(space: Space, genome: Genome, target: Array, random: np.random.Generator) -> Genome:

@@ -45,8 +45,9 @@ from dcc.search.evaluator import TrajectoryEvaluator
 from dcc.search.evolution import Candidate, Limits, Options, Progress, Result
 from dcc.search.evolution import search as evolve
 from dcc.search.front import Front, HistoryRow, Point, non_dominated, write_files
-from dcc.search.genome import Space
+from dcc.search.genome import Space, to_schedule
 from dcc.search.laboratory import Laboratory
+from dcc.search.moves import drawn
 from dcc.search.report import write_report
 from dcc.search.requirement import Requirement
 from dcc.search.store import Store
@@ -55,6 +56,7 @@ from dcc.search.workers import ProcessWorkers, RayWorkers, SerialWorkers, Worker
 Array = np.ndarray[Any, np.dtype[Any]]
 Told = Callable[[str], None]
 FRONT_POINTS = 16
+DRAWN = 12  # schedules that a search without seeds starts from, as many as there are seeds
 DATABASE, TABLE, MEASURED = "evaluations.sqlite", "calibration.json", "measurements.json"
 CALIBRATION_REPEATS = 7
 
@@ -102,6 +104,15 @@ def seeds(subject: Subject) -> list[Schedule]:
     if subject.guided:
         with suppress(Declined):
             found.append(GuidanceReuse(interval=2, order=1, start=0.0).propose(subject))
+    return list({schedule.digest(): schedule for schedule in found}.values())
+
+
+def drawn_seeds(space: Space, seed: int, count: int = DRAWN) -> list[Schedule]:
+    """What a search starts from without `seeds`: schedules of the whole stack drawn at random, slow to fast."""
+    random = np.random.default_rng(seed)
+    computed = np.round(space.calls / np.geomspace(*Options().speeds, count)).astype(int)
+    genomes = [drawn(space, int(number), random) for number in np.clip(computed, 1, space.calls)]
+    found = [to_schedule(space, genome, f"drawn {index}") for index, genome in enumerate(genomes)]
     return list({schedule.digest(): schedule for schedule in found}.values())
 
 
@@ -201,7 +212,7 @@ def run(
     """The evolutionary search alone; evaluations lie in the folder."""
     program = laboratory.program
     space = Space(program.components, program.calls, guided=laboratory.guided, kinds=subject.kinds)
-    first = seeds(subject) if seeded else []
+    first = seeds(subject) if seeded else drawn_seeds(space, seed)
     identity = {
         "program": program.denoiser_hash(), "sampler": sampler_digest(program.sampler), "seed": seed, "seeded": seeded,
         "images": laboratory.search.images, "guidance": [program.guidance.mode, program.guidance.scale],

@@ -34,7 +34,7 @@ from dcc.search.genome import (
     to_schedule,
     work,
 )
-from dcc.search.moves import MOVES, cross, mutate
+from dcc.search.moves import MOVES, cross, drawn, mutate
 
 MANY = settings(max_examples=60)
 
@@ -217,3 +217,17 @@ def test_coarsening_gives_spans() -> None:
 def test_a_space_that_makes_no_sense_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(ScheduleError):
         Space(**{"components": ("a", "b", "c"), "calls": 4, **options})  # type: ignore[arg-type]
+
+
+@MANY
+@given(spaces(), st.data())
+def test_drawn_genomes_compute_as_often_as_asked(space: Space, data: st.DataObject) -> None:
+    computed = data.draw(st.integers(1, space.calls))
+    genome = drawn(space, computed, np.random.default_rng(data.draw(st.integers(0, 99))))
+    assert canonical(space, genome) == genome
+    rows = genome.actions == 0
+    assert (rows.all(axis=1) == rows.any(axis=1)).all(), "the whole stack does the same in every call"
+    calls = np.flatnonzero(rows[:, 0])
+    assert calls[0] == 0 and len(calls) <= computed
+    # Two neighbouring runs may draw the same call, never more.
+    assert len(calls) >= 1 + (computed - 1) // 2
