@@ -22,7 +22,7 @@ from dcc.search.front import FewerSteps
 from dcc.search.laboratory import Laboratory, Requests
 
 Array = np.ndarray[Any, np.dtype[Any]]
-REPEATS = 3
+REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,34 @@ def quality_of(laboratory: Laboratory, samples: Array, requests: Requests) -> Qu
     return Quality(decibels, structure, cosine(samples, exact), relative_l2(samples, exact), requests.images)
 
 
-def alternate(
-    laboratory: Laboratory, subjects: Mapping[str, LoadedArtifact], requests: Requests, repeats: int = REPEATS
-) -> dict[str, float]:
-    """Median milliseconds of a generation of each subject, in turn, after a first run that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    for repeat in range(repeats + 1):
-        for name, loaded in subjects.items():
-            values = laboratory.request_values(loaded, requests)
-            start = time.perf_counter()
-            loaded.sample(**values)
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+def beside_exact(
+    laboratory: Laboratory, exact: LoadedArtifact, subjects: Mapping[str, LoadedArtifact], repeats: int = REPEATS
+) -> tuple[dict[str, float], float]:
+    """The time of a generation of each subject over that of the exact loop, and the exact loop's in milliseconds.
+
+    Rounds over the subjects, the exact loop before and after every two: a subject's ratio of a round is to the exact
+    runs around it, so that a disturbance of the machine meets both. Medians over rounds, after a run that is not
+    counted.
+    """
+
+    def seconds(loaded: LoadedArtifact) -> float:
+        values = laboratory.request_values(loaded, laboratory.search)
+        start = time.perf_counter()
+        loaded.sample(**values)
+        return time.perf_counter() - start
+
+    for loaded in (exact, *subjects.values()):
+        seconds(loaded)
+    ratios: dict[str, list[float]] = {name: [] for name in subjects}
+    names = list(subjects)
+    exacts = [seconds(exact)]
+    for _ in range(repeats):
+        for pair in (names[begin : begin + 2] for begin in range(0, len(names), 2)):
+            taken = [seconds(subjects[name]) for name in pair]
+            exacts.append(seconds(exact))
+            for name, value in zip(pair, taken, strict=True):
+                ratios[name].append(value / statistics.mean(exacts[-2:]))
+    return {name: statistics.median(values) for name, values in ratios.items()}, statistics.median(exacts) * 1e3
 
 
 def computed_share(laboratory: Laboratory, schedule: Schedule) -> float:

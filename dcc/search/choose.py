@@ -24,7 +24,7 @@ from dcc.ir.program import PassReport, Program
 from dcc.ir.schedule import Schedule
 from dcc.preparation import Clock, Prepared
 from dcc.runtime.loaded import LoadedArtifact
-from dcc.search.assess import PlainSteps, alternate, computed_share, quality_of
+from dcc.search.assess import PlainSteps, beside_exact, computed_share, quality_of
 from dcc.search.fast import FastSearch
 from dcc.search.front import Front
 from dcc.search.front import pick as pick_point
@@ -161,17 +161,17 @@ def assess(
     shipped, exact = laboratory.load(schedule, finest=False), laboratory.load(None, finest=False)
     samples = shipped.sample(**laboratory.request_values(shipped, held_out))
     quality = quality_of(laboratory, samples, held_out)
-    times = alternate(laboratory, {"exact": exact, "schedule": shipped}, laboratory.search)
-    speedup = times["exact"] / times["schedule"]
-    plain = PlainSteps(prepared, laboratory, folder).of_equal_time(speedup, times["exact"])
+    ratios, exact_ms = beside_exact(laboratory, exact, {"schedule": shipped})
+    speedup, latency = 1 / ratios["schedule"], exact_ms * ratios["schedule"]
+    plain = PlainSteps(prepared, laboratory, folder).of_equal_time(speedup, exact_ms)
     predicted = None if table is None else predicted_ms(laboratory, schedule, target, table)
     worth: dict[str, Any] = {
         "digest": schedule.digest(), "computed_share": computed_share(laboratory, schedule),
-        "speedup": speedup, "latency_ms": times["schedule"], "exact_ms": times["exact"],
+        "speedup": speedup, "latency_ms": latency, "exact_ms": exact_ms,
         "images": laboratory.search.images, "quality": quality.to_json(),
         "held_out_seeds": [held_out.seeds[0], held_out.seeds[-1]], "data_range": laboratory.data_range,
         "predicted_ms": predicted,
-        "prediction_error": None if predicted is None else predicted / times["schedule"] - 1.0,
+        "prediction_error": None if predicted is None else predicted / latency - 1.0,
         "fewer_steps": None if plain is None else plain.to_json(),
     }  # fmt: skip
     if requirement is not None:

@@ -39,7 +39,7 @@ from dcc.passes.smoothcache import SmoothCache
 from dcc.passes.taylorseer import TaylorSeer
 from dcc.picture import enlarged, grid, to_pixels
 from dcc.preparation import Clock, Prepared, Source, StageClock, prepare
-from dcc.search.assess import PlainSteps, alternate, computed_share
+from dcc.search.assess import PlainSteps, beside_exact, computed_share
 from dcc.search.choose import sampler_digest
 from dcc.search.evaluator import TrajectoryEvaluator
 from dcc.search.evolution import Candidate, Limits, Options, Progress, Result
@@ -414,21 +414,18 @@ def thinned(front: Sequence[Candidate], most: int = FRONT_POINTS) -> list[Candid
 
 
 def _times(laboratory: Laboratory, schedules: Sequence[Schedule], told: Told) -> tuple[dict[str, float], float]:
-    """Median milliseconds of each schedule; the exact loop runs before and after every few of them."""
-    found: dict[str, float] = {}
+    """Milliseconds of each schedule's generation by its digest, and of the exact loop's, which runs beside them."""
     ratios: dict[str, float] = {}
     exacts = []
     exact = laboratory.load(None, finest=False)
     for begin in range(0, len(schedules), 4):
         group = {item.digest(): laboratory.load(item, finest=False) for item in schedules[begin : begin + 4]}
-        times = alternate(laboratory, {"exact": exact, **group}, laboratory.search)
-        exacts.append(times["exact"])
-        ratios |= {digest: times[digest] / times["exact"] for digest in group}
+        found, exact_ms = beside_exact(laboratory, exact, group)
+        ratios |= found
+        exacts.append(exact_ms)
         told(f"measured {min(begin + 4, len(schedules))} of {len(schedules)} schedules")
     middle = float(np.median(exacts))
-    # A disturbance of the machine meets a schedule and the exact loop beside it alike: ratios are kept.
-    found = {digest: ratio * middle for digest, ratio in ratios.items()}
-    return found, middle
+    return {digest: ratio * middle for digest, ratio in ratios.items()}, middle
 
 
 def told_apart(schedules: Sequence[Schedule]) -> dict[str, str]:
