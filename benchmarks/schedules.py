@@ -30,7 +30,7 @@ from dcc.preparation import Source, StageClock, prepare
 from dcc.search.evaluator import TrajectoryEvaluator
 from dcc.search.front import Front, Point
 from dcc.search.laboratory import Laboratory
-from dcc.search.study import calibrated, measured_subject, run
+from dcc.search.study import calibrated, classics, measured_subject, run, seeds
 
 MODEL = "examples/digits/dit_digits.pt"
 SPEEDS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -153,8 +153,13 @@ def levels(steps: int, folder: Path, front: Front | None) -> None:
     )  # fmt: skip
 
 
-def hypervolume(steps: int, budget: int, seeds: int) -> None:
-    """Search with seeds and without, several times: hypervolume after so many evaluations."""
+def loss_of(laboratory: Laboratory, schedule: Schedule) -> float:
+    """Mean squared error of the search's samples under the schedule as it is, nothing fitted."""
+    return laboratory.quality(laboratory.run(schedule, laboratory.search).samples, laboratory.search)[0]
+
+
+def hypervolume(steps: int, budget: int, repeats: int) -> None:
+    """Search with seeds and without, several times: hypervolume after so many evaluations, and that of the seeds."""
     prepared = prepare(Source(MODEL, sampler="ddim", steps=steps), 1)
     rows = []
     with tempfile.TemporaryDirectory() as work:
@@ -164,7 +169,7 @@ def hypervolume(steps: int, budget: int, seeds: int) -> None:
         subject = measured_subject(laboratory, Path(work), clock)
         curves = {}
         for seeded in (True, False):
-            for seed in range(seeds):
+            for seed in range(repeats):
                 place = Path(work) / f"{seeded}-{seed}"
                 place.mkdir()
                 evaluator = TrajectoryEvaluator(laboratory, costs)
@@ -176,6 +181,12 @@ def hypervolume(steps: int, budget: int, seeds: int) -> None:
         for (seeded, seed), losses in curves.items():
             name = f"{'seeded' if seeded else 'unseeded'}, seed {seed}"
             rows.append([name, *(f"{common_hypervolume(losses[:mark], exact):.3f}" for mark in marks)])
+        published = [(evaluator.latency_ms(item.schedule), loss_of(laboratory, item.schedule)) for item in
+                     classics(subject)]  # fmt: skip
+        alone = f"{len(published)} classic schedules, as published, alone"
+        rows.append([alone, f"{common_hypervolume(published, exact):.3f}", *("" for _ in marks[1:])])
+        first = common_hypervolume(curves[True, 0][: len(seeds(subject)) + 1], exact)
+        rows.append([f"the search's {len(seeds(subject))} seeds alone", f"{first:.3f}", *("" for _ in marks[1:])])
         table(
             f"Hypervolume of the front over log speed-up and PSNR, {steps} steps, 8 images",
             ["", *(str(mark) for mark in marks)], rows,
