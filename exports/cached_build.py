@@ -76,7 +76,10 @@ def cached_engine(request: BuildRequest, key: str, cache: EngineCache) -> BuiltE
     if found is None:
         return None
     facts, data = found
-    return BuiltEngine(request.name, data, facts["record"], BuildCost(**facts["cost"] | {"cached": True}))
+    try:
+        return BuiltEngine(request.name, data, facts["record"], BuildCost(**facts["cost"] | {"cached": True}))
+    except (KeyError, TypeError):  # written by another version of dcc
+        return None
 
 
 def store_engine(engine: BuiltEngine, key: str, cache: EngineCache) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from dcc.runtime.cuda_driver import CudaDriver
 from dcc.runtime.device import Array, DeviceError, Graph, HostBuffer, MemoryInfo, Region
-from dcc.runtime.tensorrt_engine import Rebuild, TensorRtEngine, TensorRtLoader
+from dcc.runtime.dlpack import CUDA
+from dcc.runtime.tensorrt_engine import TensorRtEngine, TensorRtLoader
 
 ALIGNMENT = 256  # what TensorRT asks of addresses, and what cudaMalloc gives
 
@@ -21,10 +22,8 @@ ALIGNMENT = 256  # what TensorRT asks of addresses, and what cudaMalloc gives
 class CudaDevice:
     """Implements `Device`."""
 
-    def __init__(
-        self, index: int = 0, flavour: str = "tensorrt-rtx", rebuild: Rebuild | None = None, api: Any = None
-    ) -> None:
-        """`flavour` is the library that made the engines; `rebuild(name)` gives an engine made for this device.
+    def __init__(self, index: int = 0, flavour: str = "tensorrt-rtx", api: Any = None) -> None:
+        """`flavour` is the library that made the engines.
 
         Raises DeviceError where driver, device or library are missing.
         """
@@ -38,7 +37,9 @@ class CudaDevice:
         self.name = name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
         self.capability = 10 * int(properties.major) + int(properties.minor)
         self.alignment = ALIGNMENT
-        self._loader = TensorRtLoader(flavour, self.name, self.capability, rebuild)
+        self.dlpack = (CUDA, index)
+        self.threads = int(properties.multiProcessorCount) * int(properties.maxThreadsPerMultiProcessor)
+        self._loader = TensorRtLoader(flavour, self.name, self.capability, lambda: self.memory().free)
 
     def activate(self) -> None:
         """The calling thread uses this device from now on."""
@@ -62,6 +63,9 @@ class CudaDevice:
 
     def load(self, name: str, data: bytes) -> TensorRtEngine:
         return self._loader.load(name, data)
+
+    def pointer(self, region: Region) -> int:
+        return region.address
 
     def memory(self) -> MemoryInfo:
         free, total = self.driver.ask("cudaMemGetInfo")

@@ -11,10 +11,10 @@ INSTALL = "pip install 'dcc[cuda]'"
 # Functions that the device calls; older cuda-python has them in cuda.cudart.
 FUNCTIONS = (
     "cudaDeviceGetAttribute", "cudaDriverGetVersion", "cudaFree", "cudaFreeHost", "cudaGetDeviceCount",
-    "cudaGetDeviceProperties", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaGraphInstantiate", "cudaGraphLaunch",
-    "cudaMallocHost", "cudaMalloc", "cudaMemGetInfo", "cudaMemcpy2DAsync", "cudaMemcpyAsync", "cudaMemsetAsync",
-    "cudaRuntimeGetVersion", "cudaSetDevice", "cudaStreamBeginCapture", "cudaStreamCreateWithFlags",
-    "cudaStreamDestroy", "cudaStreamEndCapture", "cudaStreamSynchronize",
+    "cudaGetDeviceProperties", "cudaGetLastError", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaGraphInstantiate",
+    "cudaGraphLaunch", "cudaMalloc", "cudaMallocHost", "cudaMemGetInfo", "cudaMemcpy2DAsync", "cudaMemcpyAsync",
+    "cudaMemsetAsync", "cudaRuntimeGetVersion", "cudaSetDevice", "cudaStreamBeginCapture",
+    "cudaStreamCreateWithFlags", "cudaStreamDestroy", "cudaStreamEndCapture", "cudaStreamSynchronize",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class CudaDriver:
         self.version = _version(self.api.cudaRuntimeGetVersion()[1])
         error, count = self.api.cudaGetDeviceCount()
         if int(error) or not count:
-            raise self.failure("cudaGetDeviceCount", int(error), "no device")
+            raise self.failure("cudaGetDeviceCount", int(error), "")
         self.count: int = count
 
     def ask(self, name: str, *arguments: Any, at: str = "") -> Any:
@@ -40,6 +40,8 @@ class CudaDriver:
     def failure(self, name: str, error: int, at: str) -> DeviceError:
         """What is raised for an error code, with what the driver is and should be."""
         codes = self.api.cudaError_t
+        if error == codes.cudaErrorMemoryAllocation:
+            return self._no_room(name, 0, at)
         driver = self.api.cudaDriverGetVersion()[1]
         if error == codes.cudaErrorInsufficientDriver:
             missing = not driver
@@ -47,11 +49,13 @@ class CudaDriver:
                 "there is no NVIDIA driver" if missing else "the NVIDIA driver is too old", at=at or name,
                 got="none" if missing else f"a driver for CUDA {_version(driver)}",
                 want=f"a driver for CUDA {self.version} or newer",
-                next="run on a machine with an NVIDIA GPU, or load with the processor's backend"
+                next="run on a machine with an NVIDIA GPU, or on the processor with backend onnxruntime"
                 if missing else f"update the driver, or install a cuda-python for CUDA {_version(driver)}",
             )  # fmt: skip
         if error in (codes.cudaSuccess, codes.cudaErrorNoDevice):
-            return DeviceError("there is no CUDA device", at=at or name, next="check CUDA_VISIBLE_DEVICES")
+            return DeviceError(
+                "there is no CUDA device", at=at or name, next="check CUDA_VISIBLE_DEVICES, or use backend onnxruntime"
+            )
         known = self.api.cudaGetErrorString(codes(error))[1]
         text = known.decode() if isinstance(known, bytes) else str(known)
         return DeviceError("a CUDA call failed", at=f"{name}, {at}" if at else name, got=f"{text} ({error})")
@@ -60,14 +64,23 @@ class CudaDriver:
         """The address of new device memory. Raises DeviceMemoryError with what is free."""
         error, address = self.api.cudaMalloc(nbytes)
         if int(error) == int(self.api.cudaError_t.cudaErrorMemoryAllocation):
-            free, _ = self.ask("cudaMemGetInfo")
-            raise DeviceMemoryError(
-                "the device has no room", nbytes, int(free), at=label, got=f"{free / 2**20:.1f} MiB free",
-                want=f"{nbytes / 2**20:.1f} MiB",
-            )  # fmt: skip
+            raise self._no_room("cudaMalloc", nbytes, label)
         if int(error):
             raise self.failure("cudaMalloc", int(error), label)
         return int(address)
+
+    def _no_room(self, name: str, nbytes: int, label: str) -> DeviceMemoryError:
+        """What is raised for an allocation that failed; `nbytes` is 0 where the driver alone knows how many."""
+        # The runtime keeps the error, and whoever asks for the last one next would take it for theirs: TensorRT does.
+        self.api.cudaGetLastError()
+        if name == "cudaMallocHost":
+            return DeviceMemoryError("the host has no room for pinned memory", nbytes, 0, at=label or name)
+        error, *memory = self.api.cudaMemGetInfo()
+        free = 0 if int(error) else int(memory[0])
+        return DeviceMemoryError(
+            "the device has no room", nbytes, free, at=label or name, got=f"{free / 2**20:.1f} MiB free",
+            want=f"{nbytes / 2**20:.1f} MiB" if nbytes else None,
+        )  # fmt: skip
 
 
 def _find() -> Any:

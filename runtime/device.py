@@ -23,8 +23,16 @@ class DeviceError(ExecutionError):
     """A device, its driver or one of its libraries cannot do what was asked."""
 
 
+class EngineRefused(DeviceError):
+    """The device does not take an engine, for `reason`: it was not made for this device, driver or library."""
+
+    def __init__(self, what: str, reason: str, **details: object) -> None:
+        super().__init__(what, got=reason, **details)
+        self.reason = reason
+
+
 class DeviceMemoryError(DeviceError):
-    """The device has no room: `wanted` bytes did not fit into `free` ones."""
+    """The device has no room: `wanted` bytes did not fit into `free` ones; 0 where nobody says how many."""
 
     def __init__(self, what: str, wanted: int, free: int, **details: object) -> None:
         super().__init__(what, **details)
@@ -156,11 +164,16 @@ class Engine(Protocol):
 
 
 class Device(Protocol):
-    """One device. `alignment` is what addresses of ports must be a multiple of."""
+    """One device. `alignment` is what addresses of ports must be a multiple of.
+
+    `dlpack` is its kind and index in DLPack; `threads` is how many threads it can hold at once.
+    """
 
     name: str
     capability: int
     alignment: int
+    dlpack: tuple[int, int]
+    threads: int
 
     def allocate(self, nbytes: int, label: str) -> Region:
         """Uninitialised memory. Raises DeviceMemoryError where there is no room."""
@@ -178,10 +191,16 @@ class Device(Protocol):
         """A new queue."""
 
     def load(self, name: str, data: bytes) -> Engine:
-        """The engine, ready to be bound. Raises DeviceError where it was not made for this device."""
+        """The engine, ready to be bound.
+
+        Raises EngineRefused where it was not made for this device, DeviceMemoryError where there is no room for it.
+        """
 
     def memory(self) -> MemoryInfo:
         """What is free now."""
+
+    def pointer(self, region: Region) -> int:
+        """Where others in the process find the region's bytes."""
 
     def activate(self) -> None:
         """The calling thread uses this device from now on."""

@@ -7,7 +7,6 @@ step engines read them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -183,10 +182,3 @@ def largest_images(plan: Plan, loop: LoopSpec | None, size: Size, alignment: int
         fits = Layout(plan, loop, Size(middle, size.guided, size.calls), alignment).nbytes <= free
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
-
-
-def constant_bytes(plan: Plan) -> int:
-    """Bytes of the constants that all workspaces share."""
-    weights = {weight.name: weight for weight in plan.weights}
-    shared = [weights[item.weight] for item in plan.constants if not item.rows and not item.per_call]
-    return sum(math.prod(weight.shape) * byte_count((), weight.dtype) for weight in shared)

@@ -15,7 +15,18 @@ import numpy as np
 
 from dcc.errors import ArtifactError
 from dcc.runtime.artifact import Artifact
-from dcc.runtime.device import Array, Device, Engine, HostBuffer, Place, Region, Stream, byte_count
+from dcc.runtime.device import (
+    Array,
+    Device,
+    DeviceMemoryError,
+    Engine,
+    EngineRefused,
+    HostBuffer,
+    Place,
+    Region,
+    Stream,
+    byte_count,
+)
 from dcc.runtime.device_engines import engine_specs
 from dcc.runtime.loop_spec import LoopSpec, loop_spec
 from dcc.runtime.plan import Plan, TensorSpec
@@ -34,43 +45,46 @@ class EngineImage:
 
 EngineSource = Callable[[str], EngineImage | bytes]
 WeightSource = Callable[[str], tuple[str, Array]]
+# Given an engine's name and why the device refused it: another one, or None where there is none to be had.
+Rebuild = Callable[[str, str], bytes | None]
 
 
 class DeviceModel:
     """Engines, weights and constants of one artifact on one device."""
 
     def __init__(
-        self,
-        artifact: Artifact,
-        device: Device,
-        engine: EngineSource,
-        weight: WeightSource | None = None,
-    ) -> None:
+        self, artifact: Artifact, device: Device, engine: EngineSource, weight: WeightSource | None = None,
+        rebuild: Rebuild | None = None,
+    ) -> None:  # fmt: skip
         """`weight(key)` gives dtype and values of the tensors that `EngineImage.weights` names.
 
-        Everything but the timestep engines is loaded: only `denoise` needs those. Raises ArtifactError where an engine
-        is missing, DeviceError where one cannot be used here.
+        Everything but the timestep engines is loaded: only `denoise` needs those. `rebuild` is asked for what the
+        device refuses. Raises ArtifactError where an engine is missing, DeviceError where one cannot be used here.
         """
         self.artifact, self.device = artifact, device
         self.plan: Plan = artifact.plan
         table = artifact.manifest["sampler"]
         self.sampler: SamplerTable | None = None if table is None else SamplerTable.from_json(table)
         self.guidance: dict[str, Any] = artifact.manifest["guidance"]
-        self.loop: LoopSpec | None = (
-            None if self.sampler is None else loop_spec(self.plan, self.sampler, self.guidance)
-        )  # fmt: skip
+        self.loop: LoopSpec | None = None
+        if self.sampler is not None:
+            self.loop = loop_spec(self.plan, self.sampler, self.guidance)
         self.specs = engine_specs(self.plan, self.loop)
-        self._engine_source, self._weight_source = engine, weight
+        self._engine_source, self._weight_source, self._rebuild = engine, weight, rebuild
         self._engines: dict[str, Engine] = {}
         self._images: dict[str, Mapping[str, str]] = {}
         self._weights: dict[str, Place] = {}
         self._owned: list[Region] = []
         self._lock = threading.Lock()
         device.activate()
+        free = device.memory().free
         self._stream = device.stream()
         self.constants: dict[str, Place] = {}
         try:
             self._load()
+        except DeviceMemoryError as error:
+            self.close()
+            raise self._no_room(error, free) from error
         except BaseException:
             self.close()
             raise
@@ -101,13 +115,33 @@ class DeviceModel:
             if name not in self._engines:
                 given = self._engine_source(name)
                 image = given if isinstance(given, EngineImage) else EngineImage(given)
-                engine = self.device.load(name, image.data)
+                engine = self._accepted(name, image.data)
                 self._check_ports(name, engine, image)
                 self._images[name] = image.weights
                 for key in image.weights.values():
                     self._upload_weight(name, key)
                 self._engines[name] = engine
             return self._engines[name]
+
+    def _accepted(self, name: str, data: bytes) -> Engine:
+        """The engine on the device: this one, or what `rebuild` gives in its place. Raises EngineRefused otherwise."""
+        while True:
+            try:
+                return self.device.load(name, data)
+            except EngineRefused as refused:
+                other = None if self._rebuild is None else self._rebuild(name, refused.reason)
+                if other is None:
+                    raise
+                data = other
+
+    def _no_room(self, error: DeviceMemoryError, free: int) -> DeviceMemoryError:
+        """What is said where not even the model itself fits into what was `free` before."""
+        wanted = free - error.free + error.wanted
+        return DeviceMemoryError(
+            "the model does not fit into the device's memory", wanted, free, at=error.details.get("at"),
+            got=f"{free / 2**20:.1f} MiB free", want=f"{wanted / 2**20:.1f} MiB or more, before any request",
+            next="free memory of the device, use another, or load with backend onnxruntime",
+        )  # fmt: skip
 
     def weight_places(self, name: str) -> dict[str, Place]:
         """Where an engine's ports for weights read."""

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import numpy as np
 
 from dcc.errors import Cancelled, ExecutionError
-from dcc.runtime.device import Array, Place, Region, Stream, byte_count
+from dcc.runtime.device import Array, DeviceMemoryError, Region, Stream, byte_count
 from dcc.runtime.device_layout import Size
 from dcc.runtime.device_model import DeviceModel
 from dcc.runtime.device_steps import StepKey, Steps
 from dcc.runtime.device_workspace import DeviceWorkspace
-from dcc.runtime.loop_spec import with_scale
+from dcc.runtime.loop_spec import LoopSpec, with_scale
 from dcc.runtime.plan import Ref
 from dcc.runtime.request_rules import Forward, Generation
 from dcc.runtime.workspace import concrete
@@ -32,6 +32,35 @@ class DeviceRequests:
         self.space = DeviceWorkspace(model, size, stream, scratch)
         self._model, self._plan, self._stream = model, model.plan, stream
         self.steps = Steps(self.space, model.loop) if size.calls and model.loop is not None else None
+        try:
+            self._bind()
+        except DeviceMemoryError as error:
+            self.close()
+            raise self.space.no_room() from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self) -> None:
+        """Every engine that a sample needs is bound: contexts take memory, which must be there before the loop."""
+        loop, steps, sampler = self._model.loop, self.steps, self._model.sampler
+        if loop is None or steps is None or sampler is None:
+            return
+        for call in self._plan.request:
+            self.space.request_call(call)
+        for number in range(len(self.space.size.chunks())):
+            for call in self._plan.table:
+                self.space.table_call(call, number)
+        steps.bind(self._keys(loop, self.space.size.guided))
+
+    def _keys(self, loop: LoopSpec, guided: bool) -> list[StepKey]:
+        """The step of each sampler call."""
+        updates = loop.calls(guided)
+        modes = [mode.mode == "both" for mode in self._plan.guidance] or [True] * len(updates)
+        return [
+            StepKey(program, update.kind, guided and both)
+            for program, update, both in zip(self._plan.order, updates, modes, strict=True)
+        ]
 
     def close(self) -> None:
         """Graphs, contexts and memory are free."""
@@ -48,18 +77,11 @@ class DeviceRequests:
             raise ExecutionError("the model predicts a negative variance, or values without end", got="samples of nan")
         return latent
 
-    def sample_in_place(self, asked: Generation, told: Told | None, cancel: threading.Event | None) -> Place:
-        """The samples in device memory of their own, which the caller frees."""
+    def sample_into(self, target: Region, asked: Generation, told: Told | None, cancel: threading.Event | None) -> None:
+        """The samples are in `target`, which lies in device memory."""
         self._loop(asked, told, cancel)
-        source, device = self.space.region("register 0"), self._model.device
-        region = device.allocate(source.nbytes, "samples")
-        try:
-            self._stream.copy(region, source)
-            self._stream.synchronise()
-        except BaseException:
-            device.free(region)
-            raise
-        return Place(region, "float32", asked.start.shape)
+        self._stream.copy(target, self.space.region("register 0"))
+        self._stream.synchronise()
 
     def _loop(self, asked: Generation, told: Told | None, cancel: threading.Event | None) -> None:
         """All sampler calls are asked for; the samples will be in register 0."""
@@ -67,20 +89,19 @@ class DeviceRequests:
         sampler, steps = self._model.sampler, self.steps
         if sampler is None or steps is None or self._model.loop is None:
             raise ExecutionError("the artifact was compiled without a sampler: it can only denoise")
-        updates = self._model.loop.calls(asked.guided)
-        modes = [mode.mode == "both" for mode in self._plan.guidance] or [True] * len(updates)
+        keys, kinds = self._keys(self._model.loop, asked.guided), self._model.loop.kinds
         block, blocks = self.space.region("call block"), self.space.region("call blocks")
-        for call, (entry, update) in enumerate(zip(sampler.calls, updates, strict=True)):
+        for call, (entry, key) in enumerate(zip(sampler.calls, keys, strict=True)):
             if cancel is not None and cancel.is_set():
-                raise Cancelled("the request was cancelled", at=f"sampler call {call} of {len(updates)}")
+                raise Cancelled("the request was cancelled", at=f"sampler call {call} of {len(keys)}")
             self._stream.copy(block, blocks.part(call * block.nbytes, block.nbytes))
             if entry.draws:
                 noise = asked.source.draw(asked.start.shape[1:], entry.draw_dtype)
-                if self._model.loop.kinds[update.kind].noise:
+                if kinds[key.kind].noise:
                     self._send_noise(noise)
-            steps.run(StepKey(self._plan.order[call], update.kind, asked.guided and modes[call]))
+            steps.run(key)
             if told is not None and told(call, self._latent()) is False:
-                raise Cancelled("the callback stopped the request", at=f"sampler call {call} of {len(updates)}")
+                raise Cancelled("the callback stopped the request", at=f"sampler call {call} of {len(keys)}")
 
     def denoise(self, asked: Forward, scratch: Region) -> Array:
         """The denoiser's output for these inputs; `scratch` is for the timestep engines."""

@@ -8,6 +8,9 @@ it is captured, and the later ones are one launch.
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dcc.runtime.device import Context, Graph, Place, Region, Stream, byte_count
@@ -37,6 +40,30 @@ class Copy:
 Work = list[Context | Copy]
 
 
+class _NoCollection:
+    """Inside, Python collects no cycles: one that holds device memory would free it, which ends a capture."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside, self._enabled = 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._enabled:
+                gc.enable()
+
+
+_no_collection = _NoCollection()
+
+
 class Steps:
     """The steps of one workspace."""
 
@@ -53,6 +80,12 @@ class Steps:
         """How many graphs there are."""
         return len(self._graphs)
 
+    def bind(self, keys: Iterable[StepKey]) -> None:
+        """The engines of these steps, and of the start, have their places."""
+        self._start()
+        for key in keys:
+            self._step(key)
+
     def run(self, key: StepKey) -> None:
         """The step is asked for: launched if it has been captured, otherwise run and captured."""
         stream = self._space.stream
@@ -65,9 +98,7 @@ class Steps:
 
     def start(self) -> None:
         """The latent and the first input are asked for, from the noise that lies in its place."""
-        kind = self._loop.kinds[self._loop.start]
-        places = self._update_places(kind)
-        self._space.bind(("update", self._loop.start), kind.name, places).enqueue(self._space.stream)
+        self._start().enqueue(self._space.stream)
 
     def close(self) -> None:
         """The graphs are gone."""
@@ -75,17 +106,22 @@ class Steps:
             graph.close()
         self._graphs.clear()
 
+    def _start(self) -> Context:
+        kind = self._loop.kinds[self._loop.start]
+        return self._space.bind(("update", self._loop.start), kind.name, self._update_places(kind))
+
     def _captured(self, work: Work) -> Graph:
         stream: Stream = self._space.stream
-        stream.begin_capture()
-        try:
-            self._enqueue(work)
-        except BaseException:
-            # The stream must be left as it was; what went wrong is what the caller hears of.
-            with contextlib.suppress(Exception):
-                stream.end_capture().close()
-            raise
-        return stream.end_capture()
+        with _no_collection:
+            stream.begin_capture()
+            try:
+                self._enqueue(work)
+            except BaseException:
+                # The stream must be left as it was; what went wrong is what the caller hears of.
+                with contextlib.suppress(Exception):
+                    stream.end_capture().close()
+                raise
+            return stream.end_capture()
 
     def _enqueue(self, work: Work) -> None:
         stream = self._space.stream

@@ -44,7 +44,7 @@ class DeviceWorkspace:
             self._upload_rows()
         except DeviceMemoryError as error:
             self.close()
-            raise self._no_room(error) from error
+            raise self.no_room() from error
         except BaseException:
             self.close()
             raise
@@ -229,7 +229,8 @@ class DeviceWorkspace:
         """The present call's coefficients, of which a kind reads the first `count`."""
         return Place(self.entry(COEFFICIENTS).part(0, 4 * count), "float32", (count,))
 
-    def _no_room(self, error: DeviceMemoryError) -> DeviceMemoryError:
+    def no_room(self) -> DeviceMemoryError:
+        """What is said where the workspace, which is closed, did not fit."""
         free = self.model.device.memory().free
         fit = largest_images(self.plan, self.model.loop, self.size, self.layout.alignment, free)
         return DeviceMemoryError(

@@ -53,6 +53,12 @@ class Layer:
         return (*self.graphs.values(), *self.engines.values(), *([self.records] if self.records else []))
 
 
+def holds_engines(layer: Layer, device: str, capability: int) -> bool:
+    """Whether the layer has engines that were built for a GPU of this name and compute capability."""
+    mine = layer.device == device if layer.device else capability in layer.capabilities
+    return bool(layer.engines) and mine
+
+
 def layers_from_json(value: object, engines: Mapping[str, Any], members: Mapping[str, Any]) -> tuple[Layer, ...]:
     """The layers, whose every name is an engine of the plan or a member. Raises ArtifactError, and nothing else."""
     if not isinstance(value, list) or len(value) > LAYER_LIMIT:

@@ -17,6 +17,7 @@ import numpy as np
 from dcc.errors import Cancelled, ExecutionError
 from dcc.runtime.artifact import Artifact
 from dcc.runtime.guidance import Halves
+from dcc.runtime.noise import CPU
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from dcc.runtime.placement import PROCESSOR, Placement
 from dcc.runtime.plan import InputSpec, Plan
@@ -98,19 +99,24 @@ class LoadedArtifact:
         images: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
-        noise: Array | None = None,
+        noise: Any = None,
+        generator: str = CPU,
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
     ) -> Array:
         """Samples `[images, C, H, W]`, float32: the compiled sampler from noise to the last latent.
 
         `seed`: an int draws the batch from one generator, as `torch.Generator().manual_seed(seed)` would; a list is
-        one generator per image. `noise` replaces the first draw. `callback` is told after every sampler call and
-        stops the request by returning False, `cancel` by being set; both raise Cancelled.
+        one generator per image. `noise` replaces the first draw. `generator` cuda draws what torch's generator on a
+        GPU would, but for the last bits; large draws need the GPU's name (`cuda:rtx4090`). Conditions and noise are
+        numbers, arrays, or tensors of anybody's that know DLPack.
+
+        `callback` is told after every sampler call and stops the request by returning False, `cancel` by being set;
+        both raise Cancelled.
         """
         with self.request(
             conditions, negative_conditions=negative_conditions, images=images, guidance_scale=guidance_scale,
-            seed=seed, noise=noise,
+            seed=seed, noise=noise, generator=generator,
         ) as request:  # fmt: skip
             calls = request.calls
             for call in range(calls):
@@ -130,14 +136,17 @@ class LoadedArtifact:
         images: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
-        noise: Array | None = None,
+        noise: Any = None,
+        generator: str = CPU,
     ) -> Iterator[Request]:
         """A generation to be walked through call by call, ready for the first; the artifact is taken meanwhile."""
         if self.sampler is None:
             raise ExecutionError(
                 "the artifact was compiled without a sampler: it can only denoise", next="compile with --sampler"
             )
-        asked = self._rules.generation(conditions or {}, negative_conditions, images, guidance_scale, seed, noise)
+        asked = self._rules.generation(
+            conditions or {}, negative_conditions, images, guidance_scale, seed, noise, generator
+        )  # fmt: skip
         with self._taken():
             space = self._workspace(asked.rows)
             for name, array in asked.conditions.items():

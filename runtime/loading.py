@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 
-from dcc.errors import UsageError
+from dcc.errors import ExportError, UsageError
 from dcc.runtime.artifact import Artifact, Check
 from dcc.runtime.cuda_device import CudaDevice
 from dcc.runtime.cuda_driver import CudaDriver
-from dcc.runtime.device import Device, DeviceError
+from dcc.runtime.device import Device
 from dcc.runtime.device_loop import LANES, DeviceArtifact
 from dcc.runtime.first_build import LayerEngines, cache_beside
 from dcc.runtime.loaded import LoadedArtifact
 from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend, cuda_missing
-from dcc.runtime.placement import AUTO, Gpu, Placement, place
+from dcc.runtime.placement import AUTO, Gpu, Placement, place, reason_of
+from dcc.runtime.tensorrt_builder import TensorRt, check_capabilities
 
 Told = Callable[[str], None]
 CompiledDenoiser = LoadedArtifact | DeviceArtifact
@@ -36,8 +36,9 @@ def load(
     """The artifact, checked and ready to sample; `.placement` says on what it runs, and why.
 
     `backend` auto takes a layer that fits the GPU `device`, else the processor; onnxruntime is the processor, and
-    tensorrt, tensorrt-rtx or onnxruntime-cuda is taken or refused. `lanes` requests run side by side on a GPU. Engines
-    that the file does not hold are built now, `told` of each, and kept in the folder `PATH.engines`.
+    tensorrt, tensorrt-rtx or onnxruntime-cuda is taken or refused. `told` says which, and why. `lanes` requests run
+    side by side on a GPU. Engines that the file does not hold, or that the GPU refuses, are built now, `told` of each,
+    and kept in the folder `PATH.engines`, or in the user's cache where that cannot be written.
 
     `threads` bounds the processors used (default: those the process may use). `low_memory` leaves weights mapped
     instead of repacking them: less memory, 8 to 27 % slower. `own_process` says that nobody else in the process makes
@@ -52,12 +53,12 @@ def load(
         raise UsageError("a device needs a lane for its requests", got=lanes, want="1 or more")
     artifact = Artifact.open(path, check=check)
     placement = place(artifact.layers, backend, lambda: gpu_of(device), library_missing)
+    if artifact.layers or backend != AUTO:
+        told(f"running with {placement}")
     if placement.backend in ("tensorrt", "tensorrt-rtx"):
         return _on_device(artifact, placement, device, lanes, told)
     cuda = device if placement.backend == "onnxruntime-cuda" else None
-    runner = OnnxRuntimeBackend(
-        artifact, threads, low_memory, own_process, layer=placement.layer, cuda_device=cuda
-    )  # fmt: skip
+    runner = OnnxRuntimeBackend(artifact, threads, low_memory, own_process, layer=placement.layer, cuda_device=cuda)
     return LoadedArtifact(artifact, runner, placement=placement)
 
 
@@ -77,36 +78,48 @@ def load_on_processor(
 
 
 def gpu_of(index: int) -> Gpu:
-    """The GPU as its driver names it. Raises DeviceError where there is none that can be used."""
+    """The GPU as its driver names it.
+
+    Raises DeviceError where there is none that can be used, UsageError where there is none of this number.
+    """
     driver = CudaDriver()
     if not 0 <= index < driver.count:
-        raise DeviceError("there is no such device", got=index, want=f"0 to {driver.count - 1}")
+        raise UsageError("there is no such device", got=index, want=f"0 to {driver.count - 1}")
     properties = driver.ask("cudaGetDeviceProperties", index)
     name = properties.name
     text = name.decode().rstrip("\0") if isinstance(name, bytes) else str(name)
     return Gpu(text, 10 * int(properties.major) + int(properties.minor))
 
 
-def library_missing(backend: str) -> str | None:
-    """Why the library of a backend cannot be used, or None; TensorRT itself is not imported for it."""
+def library_missing(backend: str, capability: int, builds: bool) -> str | None:
+    """Why the library of a backend cannot be used for a GPU of this capability, or None; `builds`: and build for it."""
     if backend == "onnxruntime-cuda":
         return cuda_missing()
-    found = importlib.util.find_spec(backend.replace("-", "_"))
-    return None if found is not None else f"{backend} is not installed; pip install 'dcc[{backend}]'"
+    try:
+        library = TensorRt.find("tensorrt" if backend == "tensorrt" else "tensorrt-rtx")
+        if builds:
+            check_capabilities((capability,), library, "")
+    except ExportError as error:
+        return reason_of(error)
+    return None
 
 
-def open_device(index: int, flavour: str, rebuild: Callable[[str], bytes]) -> Device:
+def open_device(index: int, flavour: str) -> Device:
     """The GPU, for engines of one library."""
-    return CudaDevice(index, flavour, rebuild)
+    return CudaDevice(index, flavour)
 
 
 def _on_device(artifact: Artifact, placement: Placement, index: int, lanes: int, told: Told) -> DeviceArtifact:
     layer = placement.layer
     assert layer is not None  # a placement on a device has one
     gpu = gpu_of(index)
-    engines = LayerEngines(artifact, layer, gpu.name, gpu.capability, cache_beside(artifact), told)
-    device = open_device(index, layer.backend, engines.rebuild)
-    loaded = DeviceArtifact(artifact, device, engines.engine, lanes=lanes, placement=placement)
+    engines = LayerEngines(
+        artifact, layer, gpu.name, gpu.capability, cache_beside(artifact), told, backend=placement.backend
+    )
+    device = open_device(index, placement.backend)
+    loaded = DeviceArtifact(
+        artifact, device, engines.engine, lanes=lanes, placement=placement, rebuild=engines.rebuild
+    )  # fmt: skip
     if engines.problem is not None:
         told(f"engines that were built could not be kept, and will be built again: {engines.problem}")
     return loaded

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from dcc.errors import UsageError
+from dcc.runtime.philox import CudaGenerator, grid_of
+from dcc.runtime.seeds import check_seed
 
+CPU, CUDA = "cpu", "cuda"  # whose generator the noise is equal to
 GROUP = 16
 CHUNK_GROUPS = 4096  # 64 Ki values at a time: the float64 temporaries stay in the cache
-SEED_RANGE = (-(2**63), 2**64 - 1)
 DTYPES = ("float32", "float64")
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,16 +43,6 @@ COSINE_POLYNOMIAL = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298
 FOUR_OVER_PI = np.float32(1.27323954473516)
 QUARTER_PI_PARTS = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)
 TWO_PI = np.float32(2.0 * math.pi)
-
-
-def check_seed(seed: object) -> int:
-    """Return `seed` as an int that `torch.Generator.manual_seed` takes too, or raise UsageError."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise UsageError("a seed is not an integer", got=repr(seed), want="an integer", next="give seed=0")
-    value = int(seed)
-    if not SEED_RANGE[0] <= value <= SEED_RANGE[1]:
-        raise UsageError("a seed does not fit in 64 bits", got=value, want=f"{SEED_RANGE[0]} to {SEED_RANGE[1]}")
-    return value
 
 
 class Generator:
@@ -117,9 +109,14 @@ class Noise:
 
     One seed is one generator that draws the whole batch. A sequence of seeds is one generator per image, so
     an image does not depend on which others share its batch; this is a list of generators in diffusers.
+
+    `generator` is `cpu`, or `cuda` for noise like that of torch's generator on a GPU, or `cuda:rtx4090` for that of a
+    GPU by name; `threads` is what the GPU at hand holds at once.
     """
 
-    def __init__(self, seed: int | Sequence[int], images: int) -> None:
+    def __init__(
+        self, seed: int | Sequence[int], images: int, generator: str = CPU, threads: int | None = None
+    ) -> None:
         if isinstance(images, bool) or not isinstance(images, int) or images < 1:
             raise UsageError("the number of images is out of range", got=repr(images), want="an integer from 1")
         if isinstance(seed, str | bytes):
@@ -133,7 +130,11 @@ class Noise:
                 want=f"{images}, one per image",
                 next="give one integer for the whole batch, or one seed per image",
             )  # fmt: skip
-        self._generators = [Generator(value) for value in seeds]
+        kind, _, gpu = generator.partition(":") if isinstance(generator, str) else ("", "", "")
+        if kind not in (CPU, CUDA) or (kind == CPU and gpu):
+            raise UsageError("unknown generator of noise", got=repr(generator), want="cpu, cuda, or cuda:a100 and such")
+        grid = grid_of(gpu) if gpu else threads
+        self._generators = [Generator(value) if kind == CPU else CudaGenerator(value, grid) for value in seeds]
 
     def draw(self, shape_per_image: tuple[int, ...], dtype: str = "float32") -> Array:
         """Return the next noise of the batch, `[images, *shape_per_image]`."""

@@ -1,7 +1,8 @@
 """Where an artifact runs: which backend and layer, on what, and why; decided from facts alone.
 
 The order of preference is: engines that are in the file for this GPU; engines that TensorRT builds here from the file's
-graphs; ONNX Runtime on the GPU; the processor. What was asked for by name is taken, or refused with the reason.
+graphs; ONNX Runtime on the GPU; another library than a layer was made for, because graphs are the same for all of them;
+the processor. What was asked for by name is taken, or refused with the reason.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dcc.errors import UsageError
+from dcc.errors import DccError, UsageError
 from dcc.runtime.device import DeviceError
-from dcc.runtime.layers import BACKENDS, Layer
+from dcc.runtime.layers import BACKENDS, Layer, holds_engines
 
 AUTO = "auto"
 PROCESSOR = "onnxruntime"
 CHOICES = (AUTO, PROCESSOR, *BACKENDS)
+_PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 # The least compute capability that has the type.
 LEAST_CAPABILITY = {"float32": 0, "float16": 70, "bfloat16": 80}
+
+
+# Why a library cannot be used, given backend, compute capability and whether it has to build; None where it can.
+Missing = Callable[[str, int, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -43,64 +49,74 @@ class Placement:
         return f"{what}, on {self.device}: {self.reason}"
 
 
-def place(
-    layers: Sequence[Layer], wanted: str, gpu: Callable[[], Gpu], missing: Callable[[str], str | None]
-) -> Placement:
+def place(layers: Sequence[Layer], wanted: str, gpu: Callable[[], Gpu], missing: Missing) -> Placement:
     """The placement for `wanted`, one of CHOICES.
 
-    `gpu()` raises DeviceError where there is none that can be used; `missing(backend)` says why a backend's library
-    cannot be used, or None. Raises UsageError or DeviceError where what was asked for by name is impossible.
+    `gpu()` raises DeviceError where there is none that can be used. Raises UsageError or DeviceError where what was
+    asked for by name is impossible.
     """
     if wanted not in CHOICES:
         raise UsageError("unknown backend", got=wanted, want=", ".join(CHOICES))
     if wanted == PROCESSOR:
         return Placement(PROCESSOR, None, True, "the processor", "asked for")
-    fitting = [layer for layer in layers if wanted in (AUTO, layer.backend)]
-    if not fitting and wanted == AUTO:
+    if not layers and wanted == AUTO:
         return Placement(PROCESSOR, None, True, "the processor", "the artifact has no layer for a GPU")
     try:
         found = gpu()
     except DeviceError as error:
         if wanted != AUTO:
             raise
-        return Placement(PROCESSOR, None, True, "the processor", error.what)
-    reasons = []
-    for layer in sorted(fitting, key=lambda layer: _rank(layer, found)):
-        reason = _unfit(layer, found) or missing(layer.backend)
+        return Placement(PROCESSOR, None, True, "the processor", reason_of(error))
+    backends = BACKENDS if wanted == AUTO else (wanted,)
+    pairs = [(layer, backend) for layer in layers for backend in backends]
+    reasons: list[str] = []
+    for layer, backend in sorted(pairs, key=lambda pair: _rank(pair[0], pair[1], found)):
+        reason = _unfit(layer, found) or missing(backend, found.capability, not _ready(layer, backend, found))
         if reason is None:
-            return _placed(layer, found, wanted)
-        reasons.append(f"{layer.name}: {reason}")
-    if wanted == "onnxruntime-cuda" and (reason := missing(wanted)) is None:
-        return Placement(wanted, None, True, found.name, "asked for; the portable engines in float32")
+            return _placed(layer, backend, found, wanted)
+        reasons.append(f"{layer.name}: {reason}" if backend == layer.backend else reason)
     if wanted == "onnxruntime-cuda":
-        reasons.append(f"{wanted}: {reason}")
+        reason = missing(wanted, found.capability, False)
+        if reason is None:
+            return Placement(wanted, None, True, found.name, "asked for; the portable engines in float32")
+        reasons.append(reason)
+    return _refused(wanted, found, "; ".join(dict.fromkeys(reasons)))
+
+
+def reason_of(error: DccError) -> str:
+    """An error in one line: what, and what was got and wanted."""
+    details = [f"{name} {error.details[name]}" for name in ("got", "want", "next") if name in error.details]
+    return "; ".join([error.what, *details])
+
+
+def _refused(wanted: str, gpu: Gpu, why: str) -> Placement:
+    """The processor, where that is left to us; else DeviceError."""
     if wanted != AUTO:
         raise DeviceError(
-            f"the artifact cannot run with {wanted} on this device", got="; ".join(reasons) or "no such layer",
-            want=f"a layer for {found.name}, compute capability {found.capability}",
-            next=f"dcc build MODEL.dcc --target local --backend {wanted}",
+            f"the artifact cannot run with {wanted} on this device", got=why or "no layer for a GPU",
+            want=f"{wanted} and a layer for {gpu.name}, compute capability {gpu.capability}",
+            next=f"dcc build MODEL.dcc --target local --backend {wanted} adds a layer; backend onnxruntime needs none",
         )  # fmt: skip
-    why = f"no layer fits {found.name} (sm{found.capability}): {'; '.join(reasons)}"
-    return Placement(PROCESSOR, None, True, "the processor", f"{why}; dcc build MODEL.dcc --target local adds one")
+    reason = f"no layer fits {gpu.name} (sm{gpu.capability}): {why}; dcc build MODEL.dcc --target local adds one"
+    return Placement(PROCESSOR, None, True, "the processor", reason)
 
 
-def _placed(layer: Layer, gpu: Gpu, wanted: str) -> Placement:
+def _placed(layer: Layer, backend: str, gpu: Gpu, wanted: str) -> Placement:
     asked = "" if wanted == AUTO else "asked for; "
-    if layer.backend == "onnxruntime-cuda":
-        return Placement(layer.backend, layer, True, gpu.name, f"{asked}typed graphs of the artifact")
-    if _ready(layer, gpu):
-        return Placement(layer.backend, layer, True, gpu.name, f"{asked}the artifact holds engines for it")
-    return Placement(layer.backend, layer, False, gpu.name, f"{asked}engines are built here and kept beside the file")
+    if backend == "onnxruntime-cuda":
+        return Placement(backend, layer, True, gpu.name, f"{asked}typed graphs of the artifact")
+    if _ready(layer, backend, gpu):
+        return Placement(backend, layer, True, gpu.name, f"{asked}the artifact holds engines for it")
+    return Placement(backend, layer, False, gpu.name, f"{asked}engines are built here and kept")
 
 
-def _ready(layer: Layer, gpu: Gpu) -> bool:
-    mine = layer.device == gpu.name if layer.device else gpu.capability in layer.capabilities
-    return bool(layer.engines) and mine
+def _ready(layer: Layer, backend: str, gpu: Gpu) -> bool:
+    return backend == layer.backend and holds_engines(layer, gpu.name, gpu.capability)
 
 
-def _rank(layer: Layer, gpu: Gpu) -> tuple[int, int]:
-    kinds = {"tensorrt": 0, "tensorrt-rtx": 1, "onnxruntime-cuda": 2}
-    return (0 if _ready(layer, gpu) else 1, kinds[layer.backend])
+def _rank(layer: Layer, backend: str, gpu: Gpu) -> tuple[bool, bool, int]:
+    """The library that a layer was made for comes before another one over its graphs."""
+    return (not _ready(layer, backend, gpu), backend != layer.backend, _PREFERENCE.index(backend))
 
 
 def _unfit(layer: Layer, gpu: Gpu) -> str | None:

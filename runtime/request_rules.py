@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from dcc.errors import UsageError
-from dcc.runtime.noise import Noise
+from dcc.runtime.noise import CPU, Noise
 from dcc.runtime.plan import InputSpec, Plan
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from dcc.runtime.request_values import Array, Fetch, array_of, arrays_of, no_device
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,16 @@ class Forward:
 
 
 class RequestRules:
-    """What requests a plan takes; `guidance` is the entry of the artifact's manifest."""
+    """What requests a plan takes; `guidance` is the entry of the artifact's manifest.
 
-    def __init__(self, plan: Plan, guidance: Mapping[str, Any]) -> None:
+    `fetch` reads tensors that lie on a device; `threads` is how many the device holds, for noise like its own.
+    """
+
+    def __init__(
+        self, plan: Plan, guidance: Mapping[str, Any], fetch: Fetch = no_device, threads: int | None = None
+    ) -> None:
         self.plan, self.guidance = plan, guidance
+        self._fetch, self._threads = fetch, threads
 
     @property
     def latent(self) -> InputSpec:
@@ -79,15 +84,20 @@ class RequestRules:
         images: int | None,
         guidance_scale: float | None,
         seed: int | Sequence[int],
-        noise: Array | None,
+        noise: Any,
+        generator: str = CPU,
     ) -> Generation:
         """The request for samples. Raises UsageError that names what does not fit."""
         scale = self.guidance_scale(guidance_scale)
+        conditions = arrays_of(conditions, self._fetch)
+        negative_conditions = arrays_of(negative_conditions or {}, self._fetch)
+        noise = None if noise is None else array_of("noise", noise, self._fetch)
         count = self._image_count(conditions, images, seed, noise)
         guided = scale != 1.0
         self._check_rows(count * (2 if guided else 1), count)
         shape = (count, *(int(size) for size in self.latent.shape[1:]))
-        source = Noise(seed if isinstance(seed, int | np.integer) else list(seed), count)
+        seeds = seed if isinstance(seed, int | np.integer) else list(seed)
+        source = Noise(seeds, count, generator, self._threads)
         start = source.draw(shape[1:]) if noise is None else self._given_noise(noise, shape)
         rows = self._condition_rows(conditions, negative_conditions, count, guided)
         return Generation(count, scale, start, source, rows)
@@ -97,6 +107,7 @@ class RequestRules:
         wanted = [item.name for item in self.plan.inputs]
         if set(inputs) != set(wanted):
             raise UsageError("denoise takes the denoiser's inputs by name", got=sorted(inputs), want=wanted)
+        inputs = arrays_of(inputs, self._fetch)
         latent = np.asarray(inputs[self.latent.name])
         rows = latent.shape[0] if latent.ndim else 1
         self._check_rows(rows, rows)
@@ -132,8 +143,8 @@ class RequestRules:
                     counts[item.name] = array.shape[0]
         if not isinstance(seed, int | np.integer):
             counts["seed"] = len(seed)
-        if noise is not None and np.ndim(noise):
-            counts["noise"] = np.asarray(noise).shape[0]
+        if noise is not None and noise.ndim:
+            counts["noise"] = noise.shape[0]
         if len(set(counts.values())) > 1:
             raise UsageError("the request disagrees about the number of images", got=counts)
         count = next(iter(counts.values()), 1)
@@ -150,10 +161,11 @@ class RequestRules:
             )  # fmt: skip
 
     def _given_noise(self, noise: Array, shape: tuple[int, ...]) -> Array:
-        array = np.asarray(noise, np.float32)
-        if array.shape != shape:
-            raise UsageError("noise has the wrong shape", got=array.shape, want=shape)
-        return array
+        if noise.dtype.kind not in "fiu":
+            raise UsageError("noise is not made of numbers", got=noise.dtype, want="float32")
+        if noise.shape != shape:
+            raise UsageError("noise has the wrong shape", got=noise.shape, want=shape)
+        return noise.astype(np.float32)
 
     def _condition_rows(
         self, conditions: Mapping[str, Any], negative: Mapping[str, Any] | None, count: int, guided: bool

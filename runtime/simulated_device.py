@@ -24,6 +24,7 @@ import numpy as np
 from dcc.runtime.device import (
     Array,
     DeviceMemoryError,
+    EngineRefused,
     Graph,
     HostBuffer,
     MemoryInfo,
@@ -33,6 +34,7 @@ from dcc.runtime.device import (
     Stream,
     check_places,
 )
+from dcc.runtime.dlpack import HOST
 from dcc.runtime.onnxruntime_backend import CpuModel
 from dcc.runtime.simulated_memory import (
     ALIGNMENT,
@@ -73,12 +75,23 @@ class Work:
 
 
 class SimulatedDevice:
-    """Implements `Device`. `folder` is where external data of models lies."""
+    """Implements `Device`. `folder` is where external data of models lies; a context takes `context_bytes`.
 
-    def __init__(self, total: int = 2**31, folder: str | None = None, capability: int = 0) -> None:
+    `refuses(name, data)` says why an engine is refused, or None.
+    """
+
+    def __init__(
+        self, total: int = 2**31, folder: str | None = None, capability: int = 0, context_bytes: int = 0,
+        refuses: Callable[[str, bytes], str | None] = lambda name, data: None,
+    ) -> None:  # fmt: skip
         self.name, self.capability, self.alignment = "simulated device", capability, ALIGNMENT
+        # Its memory is the host's, where others can find it.
+        self.dlpack, self.threads = (HOST, 0), 0
+        self.context_bytes, self._refuses = context_bytes, refuses
         self.memory_map = SimulatedMemory(total)
         self.counts: Counter[str] = Counter()
+        # What has been made and not closed; memory is counted by `memory_map.used`.
+        self.live: Counter[str] = Counter()
         self.observers: list[Callable[[Launch], None]] = []
         # What a thread captures binds that thread alone.
         self._capture = threading.local()
@@ -118,6 +131,7 @@ class SimulatedDevice:
     def pinned(self, nbytes: int, label: str) -> SimulatedHostBuffer:
         self.refuse_in_capture(f"pinned memory is allocated ({label})")
         self.counts["pinned"] += 1
+        self.live["pinned"] += 1
         return SimulatedHostBuffer(nbytes, label)
 
     def free_pinned(self, buffer: HostBuffer) -> None:
@@ -125,15 +139,25 @@ class SimulatedDevice:
         if isinstance(buffer, SimulatedHostBuffer):
             if buffer.pending:
                 fault("pinned memory is freed while a copy is under way", f"host {buffer.label}")
+            self.live["pinned"] -= not buffer.freed
             buffer.freed = True
 
     def stream(self) -> SimulatedStream:
+        self.live["stream"] += 1
         return SimulatedStream(self, f"stream {next(self._serial)}")
 
     def load(self, name: str, data: bytes) -> SimulatedEngine:
         self.refuse_in_capture(f"an engine is loaded ({name})")
         self.counts["load"] += 1
+        reason = self._refuses(name, data)
+        if reason is not None:
+            raise EngineRefused("an engine does not fit this device", reason, at=f"engine {name}")
         return SimulatedEngine(self, name, data, self._folder)
+
+    def pointer(self, region: Region) -> int:
+        """Of the host's memory; where the device is said to be CUDA's, what a real one would give."""
+        view = self.memory_map.view(region, "pointer")
+        return int(view.ctypes.data) if self.dlpack[0] == HOST else region.address
 
     def memory(self) -> MemoryInfo:
         return MemoryInfo(self.memory_map.total - self.memory_map.used, self.memory_map.total)
@@ -145,11 +169,12 @@ class SimulatedDevice:
 class SimulatedGraph:
     """Captured work."""
 
-    def __init__(self, work: list[Work], label: str) -> None:
-        self.work, self.label = work, label
+    def __init__(self, work: list[Work], label: str, device: SimulatedDevice) -> None:
+        self.work, self.label, self.device = work, label, device
         self.closed = False
 
     def close(self) -> None:
+        self.device.live["graph"] -= not self.closed
         self.closed = True
 
 
@@ -161,6 +186,7 @@ class SimulatedStream:
         self._queue: list[Work] = []
         self._recorded: list[Work] | None = None
         self._settled: list[Callable[[], None]] = []
+        self._closed = False
 
     @property
     def recording(self) -> bool:
@@ -253,7 +279,8 @@ class SimulatedStream:
         self.device.capturing = ""
         recorded, self._recorded = self._recorded, None
         self.device.counts["capture"] += 1
-        return SimulatedGraph(recorded, f"graph of {self.label}")
+        self.device.live["graph"] += 1
+        return SimulatedGraph(recorded, f"graph of {self.label}", self.device)
 
     def launch(self, graph: Graph) -> None:
         if not isinstance(graph, SimulatedGraph) or graph.closed:
@@ -277,7 +304,10 @@ class SimulatedStream:
                 settle()
 
     def close(self) -> None:
-        self.synchronise()
+        if not self._closed:
+            self.synchronise()
+            self._closed = True
+            self.device.live["stream"] -= 1
 
     def _pending(self, buffer: SimulatedHostBuffer, entry: tuple[int, int, bool]) -> None:
         buffer.pending.append(entry)
@@ -302,8 +332,10 @@ class SimulatedEngine:
         check_places(self.name, self.ports, places, self.device.alignment)
         if scratch.nbytes < self.scratch_bytes:
             fault("an engine's scratch is too small", f"engine {self.name}", scratch.nbytes, self.scratch_bytes)
+        own = self.device.allocate(self.device.context_bytes, f"context of {self.name}")
+        context = SimulatedContext(self, dict(places), scratch, own)
         self.device.counts["bind"] += 1
-        context = SimulatedContext(self, dict(places), scratch)
+        self.device.live["context"] += 1
         context.check_memory()
         return context
 
@@ -311,8 +343,8 @@ class SimulatedEngine:
 class SimulatedContext:
     """Implements `Context`."""
 
-    def __init__(self, engine: SimulatedEngine, places: dict[str, Place], scratch: Region) -> None:
-        self.engine, self.places, self._scratch = engine, places, scratch
+    def __init__(self, engine: SimulatedEngine, places: dict[str, Place], scratch: Region, own: Region) -> None:
+        self.engine, self.places, self._scratch, self._own = engine, places, scratch, own
         self._regions = {name: place.region.part(0, place.nbytes) for name, place in places.items()}
         self._ran = self._closed = False
 
@@ -361,4 +393,7 @@ class SimulatedContext:
             memory.written(region, Writer(launch.number, self.engine.name, name), at)
 
     def close(self) -> None:
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self.engine.device.free(self._own)
+            self.engine.device.live["context"] -= 1

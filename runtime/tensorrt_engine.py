@@ -10,9 +10,10 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dcc.runtime.device import DeviceError, Place, Port, Region, Stream, check_places
+from dcc.runtime.device import DeviceError, DeviceMemoryError, EngineRefused, Place, Port, Region, Stream, check_places
 
-Rebuild = Callable[[str], bytes]
+# What TensorRT says where memory is short: such an engine fits the device, and building it again would not help.
+NO_ROOM = ("outofmemory", "out of memory", "cuda error 2", "bad_alloc")
 # TensorRT's names of types that ports may have.
 DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8",
@@ -37,9 +38,9 @@ RTX_METHODS = {
 
 
 class TensorRtLoader:
-    """Makes engines of one library for one device."""
+    """Makes engines of one library for one device, `free()` bytes of whose memory are free."""
 
-    def __init__(self, flavour: str, device: str, capability: int, rebuild: Rebuild | None) -> None:
+    def __init__(self, flavour: str, device: str, capability: int, free: Callable[[], int] = lambda: 0) -> None:
         name = flavour.replace("-", "_")
         try:
             self.library: Any = importlib.import_module(name)
@@ -48,35 +49,36 @@ class TensorRtLoader:
         except (ImportError, OSError, RuntimeError) as error:
             got = (str(error).splitlines() or [""])[0]
             raise DeviceError(f"{flavour} cannot be loaded", got=got, next=f"pip install 'dcc[{flavour}]'") from error
-        self.flavour, self._device, self._capability, self._rebuild = flavour, device, capability, rebuild
+        self.flavour, self._device, self._capability, self._free = flavour, device, capability, free
         self._errors: list[str] = []
         self._logger = self._make_logger()
         self._runtime = self.library.Runtime(self._logger)
 
     def load(self, name: str, data: bytes) -> TensorRtEngine:
-        """The engine; one that does not fit the device is built again where that is possible.
-
-        Raises DeviceError with the library's reason.
-        """
+        """The engine. Raises EngineRefused or DeviceMemoryError with the library's reason."""
         engine = self._deserialize(data)
-        if engine is None and self._rebuild is not None:
-            engine = self._deserialize(self._rebuild(name))
-        if engine is None:
-            reason = next((line for line in self._errors if line), "no reason given")
-            raise DeviceError(
-                "an engine does not fit this device", at=f"engine {name}", got=reason[:300],
-                want=f"an engine for {self._device}, compute capability {self._capability}, made by {self.flavour} "
-                f"{self.library.__version__}",
-                next=f"compile with --target sm{self._capability}, or run dcc build on this machine",
+        if engine is not None:
+            return TensorRtEngine(self.library, self.flavour, name, engine)
+        reason = next((line for line in self._errors if line), "no reason given")[:300]
+        if any(word in line.lower() for line in self._errors for word in NO_ROOM):
+            free = self._free()
+            raise DeviceMemoryError(
+                "the device has no room for an engine", len(data), free, at=f"engine {name}",
+                got=f"{free / 2**20:.1f} MiB free: {reason}", want=f"{len(data) / 2**20:.1f} MiB or more",
             )  # fmt: skip
-        return TensorRtEngine(self.library, self.flavour, name, engine)
+        raise EngineRefused(
+            "an engine does not fit this device", reason, at=f"engine {name}",
+            want=f"an engine for {self._device}, compute capability {self._capability}, made by {self.flavour} "
+            f"{self.library.__version__}",
+            next="dcc build MODEL.dcc --target local on this machine, or load with backend onnxruntime",
+        )  # fmt: skip
 
     def _deserialize(self, data: bytes) -> Any:
         self._errors.clear()
         try:
             return self._runtime.deserialize_cuda_engine(data)
-        except (RuntimeError, TypeError, ValueError) as error:
-            self._errors.append(str(error))
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+            self._errors.append(str(error) or type(error).__name__)
             return None
 
     def _make_logger(self) -> Any:
@@ -131,7 +133,7 @@ class TensorRtEngine:
             )
         context = self._context()
         if context is None:
-            raise DeviceError("an engine has no room for another context", at=f"engine {self.name}")
+            raise DeviceMemoryError("an engine has no room for another context", 0, 0, at=f"engine {self.name}")
         context.set_device_memory(scratch.address, scratch.nbytes)
         for name, port in self.ports.items():
             place = places[name]

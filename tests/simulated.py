@@ -46,6 +46,7 @@ class Watched:
         names = ("negative_conditions", "images", "guidance_scale", "seed", "noise")
         given = [options.get(name) for name in names]
         given[3] = options.get("seed", 0)
+        given.append(options.get("generator", "cpu"))
         self.witness.expect_sample(self.on_device._rules.generation(conditions or {}, *given))
         result = self.on_device.sample(conditions, **options)
         self.witness.finish()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from dcc.errors import DccError
 from dcc.runtime import tensorrt_engine
 from dcc.runtime.cuda_device import CudaDevice
 from dcc.runtime.cuda_driver import FUNCTIONS, CudaDriver
-from dcc.runtime.device import DeviceError, DeviceMemoryError
+from dcc.runtime.device import DeviceError, DeviceMemoryError, EngineRefused, Region
 from dcc.runtime.tensorrt_engine import DTYPES, METHODS, RTX_METHODS, TensorRtLoader
 
 SUCCESS, NO_MEMORY, TOO_OLD, NO_DEVICE, BAD = 0, 2, 35, 100, 700
@@ -36,9 +34,18 @@ def api(**answers: Any) -> Any:
         "cudaRuntimeGetVersion": (SUCCESS, 13040), "cudaDriverGetVersion": (SUCCESS, 13040),
         "cudaGetDeviceCount": (SUCCESS, 1), "cudaMemGetInfo": (SUCCESS, 3 * 2**20, 2**30),
         "cudaMalloc": (NO_MEMORY, None), "cudaGetErrorString": (SUCCESS, b"an illegal memory access"),
+        "cudaGetLastError": (SUCCESS,),
     } | answers  # fmt: skip
-    functions = {name: (lambda *_, answer=answer: answer) for name, answer in known.items()}
-    return SimpleNamespace(**functions, cudaError_t=Codes)
+    asked: list[str] = []
+
+    def function(name: str) -> Any:
+        def answer(*_: Any) -> Any:
+            asked.append(name)
+            return known[name]
+
+        return answer
+
+    return SimpleNamespace(**{name: function(name) for name in known}, cudaError_t=Codes, asked=asked)
 
 
 def test_every_function_exists() -> None:
@@ -98,6 +105,7 @@ def test_an_old_driver_is_said() -> None:
         CudaDriver(old)
     assert caught.value.details["got"] == "a driver for CUDA 12.2"
     assert caught.value.details["want"] == "a driver for CUDA 13.4 or newer"
+    assert caught.value.details["at"] == "cudaGetDeviceCount"
     with pytest.raises(DeviceError, match="there is no NVIDIA driver"):
         CudaDriver(api(cudaGetDeviceCount=(TOO_OLD, None), cudaDriverGetVersion=(SUCCESS, 0)))
 
@@ -109,10 +117,19 @@ def test_no_device_is_said() -> None:
 
 
 def test_full_memory_says_how_much_was_wanted() -> None:
+    full = api(cudaGraphInstantiate=(NO_MEMORY, None), cudaMallocHost=(NO_MEMORY, None))
+    driver = CudaDriver(full)
     with pytest.raises(DeviceMemoryError, match="the device has no room") as caught:
-        CudaDriver(api()).allocate(5 * 2**20, "slot 3")
+        driver.allocate(5 * 2**20, "slot 3")
     assert (caught.value.wanted, caught.value.free) == (5 * 2**20, 3 * 2**20)
     assert caught.value.details == {"at": "slot 3", "got": "3.0 MiB free", "want": "5.0 MiB"}
+    with pytest.raises(DeviceMemoryError, match="the device has no room") as caught:
+        driver.ask("cudaGraphInstantiate", 1, 0)
+    assert caught.value.details == {"at": "cudaGraphInstantiate", "got": "3.0 MiB free"}
+    with pytest.raises(DeviceMemoryError, match="the host has no room for pinned memory"):
+        driver.ask("cudaMallocHost", 1, at="noise")
+    # The runtime's last error would be taken by TensorRT for its own.
+    assert full.asked.count("cudaGetLastError") == 3
 
 
 def test_any_other_error_is_the_driver_s_text() -> None:
@@ -140,31 +157,54 @@ class Library:
         def deserialize_cuda_engine(self, data: bytes) -> Any:
             if data == b"good":
                 return SimpleNamespace(num_io_tensors=0, device_memory_size_v2=7)
+            if data == b"large":
+                self.logger.log("error", "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)")
+                return None
             self.logger.log("error", "IRuntime::deserializeCudaEngine: Error Code 1: engine is for SM 8.0")
             return None
 
 
-def test_an_engine_for_another_gpu_is_built_again_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def loader(monkeypatch: pytest.MonkeyPatch) -> TensorRtLoader:
     monkeypatch.setitem(sys.modules, "tensorrt", Library)  # type: ignore[arg-type]
-    assert importlib.import_module("tensorrt") is Library  # type: ignore[comparison-overlap]
-    asked: list[str] = []
+    return TensorRtLoader("tensorrt", "H200", 90, lambda: 3 * 2**20)
 
-    def rebuild(name: str) -> bytes:
-        asked.append(name)
-        return b"good"
 
-    assert TensorRtLoader("tensorrt", "H200", 90, rebuild).load("step", b"bad").scratch_bytes == 7
-    assert asked == ["step"]
-    with pytest.raises(DccError) as caught:
-        TensorRtLoader("tensorrt", "H200", 90, None).load("step", b"bad")
+def test_an_engine_for_another_gpu_is_refused_with_the_reason(loader: TensorRtLoader) -> None:
+    assert loader.load("step", b"good").scratch_bytes == 7
+    with pytest.raises(EngineRefused) as caught:
+        loader.load("step", b"bad")
     assert caught.value.what == "an engine does not fit this device"
-    assert caught.value.details["got"].endswith("engine is for SM 8.0")
+    assert caught.value.reason.endswith("engine is for SM 8.0")
+    assert caught.value.details["got"] == caught.value.reason
     assert "compute capability 90" in caught.value.details["want"]
-    assert caught.value.details["next"] == "compile with --target sm90, or run dcc build on this machine"
+    assert "dcc build MODEL.dcc --target local" in caught.value.details["next"]
+
+
+def test_an_engine_without_room_is_not_taken_for_another_gpu_s(loader: TensorRtLoader) -> None:
+    """Building it again would take minutes, and would not help."""
+    with pytest.raises(DeviceMemoryError, match="the device has no room for an engine") as caught:
+        loader.load("step", b"large")
+    assert (caught.value.wanted, caught.value.free) == (5, 3 * 2**20)
+    assert "out of memory" in caught.value.details["got"]
+
+
+def test_arrays_are_on_the_gpu_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second GPU's memory is not said to be the first one's; its grid is what it holds."""
+    monkeypatch.setitem(sys.modules, "tensorrt", Library)  # type: ignore[arg-type]
+    properties = SimpleNamespace(
+        name=b"NVIDIA A100\0", major=8, minor=0, multiProcessorCount=108, maxThreadsPerMultiProcessor=2048
+    )
+    two = api(
+        cudaGetDeviceCount=(SUCCESS, 2), cudaSetDevice=(SUCCESS,), cudaGetDeviceProperties=(SUCCESS, properties)
+    )  # fmt: skip
+    device = CudaDevice(1, "tensorrt", two)
+    assert (device.dlpack, device.threads, device.name) == ((2, 1), 108 * 2048, "NVIDIA A100")
+    assert device.pointer(Region("a", 4096, 8)) == 4096
 
 
 def test_a_missing_tensorrt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(DeviceError, match="tensorrt-rtx is not installed") as caught:
-        TensorRtLoader("tensorrt-rtx", "A100", 80, None)
+        TensorRtLoader("tensorrt-rtx", "A100", 80)
     assert caught.value.details["next"] == "pip install 'dcc[tensorrt-rtx]'"

@@ -1,4 +1,4 @@
-"""Arrays on a device, given to others: tried out on host memory, which numpy and torch can take."""
+"""Arrays on a device, given to others and taken from them: tried out on host memory, which numpy and torch can take."""
 
 from __future__ import annotations
 
@@ -10,59 +10,99 @@ import numpy as np
 import pytest
 import torch
 
-from dcc.runtime.device import DeviceError, Place, Region
-from dcc.runtime.device_array import CUDA, HOST, DeviceArray, _exported
+from dcc.errors import UsageError
+from dcc.runtime.device import DeviceError, Place
+from dcc.runtime.device_array import DeviceArray, fetched
+from dcc.runtime.dlpack import CUDA, HOST, _exported
+from dcc.runtime.simulated_device import SimulatedDevice
+
+VALUES = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
 
-class HostMemory:
-    """A device whose memory is the host's."""
-
-    def __init__(self) -> None:
-        self.freed: list[Region] = []
-        self.values = np.arange(24, dtype=np.float32)
-        self.place = Place(Region("samples", self.values.ctypes.data, self.values.nbytes), "float32", (2, 3, 4))
-
-    def free(self, region: Region) -> None:
-        self.freed.append(region)
-
-
-def array(memory: HostMemory, kind: int = HOST) -> DeviceArray:
-    device: Any = memory
-    return DeviceArray(device, memory.place, (kind, 0))
+def array(device: SimulatedDevice, values: np.ndarray = VALUES) -> DeviceArray:
+    """The values in memory of the device."""
+    region = device.allocate(values.nbytes, "samples")
+    stream, buffer = device.stream(), device.pinned(values.nbytes, "values")
+    buffer.write(values)
+    stream.upload(region, buffer)
+    stream.close()
+    device.free_pinned(buffer)
+    return DeviceArray(device, Place(region, str(values.dtype), values.shape))
 
 
 @pytest.mark.parametrize("take", [np.from_dlpack, torch.from_dlpack])
 def test_others_see_the_memory_and_keep_it(take: Any) -> None:
-    memory = HostMemory()
-    view = take(array(memory))
+    device = SimulatedDevice()
+    mine = array(device)
+    memory = device.memory_map.view(mine.place.region, "a test")
+    view = take(mine)
+    del mine
     gc.collect()
-    assert memory.freed == []
-    memory.values[5] = -1.0
-    assert np.array_equal(np.asarray(view), memory.values.reshape(2, 3, 4))
+    assert device.memory_map.used == VALUES.nbytes
+    memory.view(np.float32)[5] = -1.0
+    assert np.array_equal(np.asarray(view), memory.view(np.float32).reshape(2, 3, 4))
     del view
     gc.collect()
-    assert memory.freed == [memory.place.region]
+    assert device.memory_map.used == 0
     assert _exported == {}
 
 
 def test_a_capsule_that_nobody_takes_lets_go() -> None:
-    memory = HostMemory()
-    capsule = array(memory).__dlpack__()
-    assert len(_exported) == 1
+    device = SimulatedDevice()
+    capsule = array(device).__dlpack__()
+    assert (len(_exported), device.memory_map.used) == (1, VALUES.nbytes)
     del capsule
     gc.collect()
-    assert (len(_exported), len(memory.freed)) == (0, 1)
+    assert (len(_exported), device.memory_map.used) == (0, 0)
 
 
 def test_the_cuda_interface_is_address_shape_and_type() -> None:
-    memory = HostMemory()
-    found = array(memory, CUDA).__cuda_array_interface__
-    assert found["data"] == (memory.values.ctypes.data, False)
+    device = SimulatedDevice()
+    assert not hasattr(array(device), "__cuda_array_interface__")
+    device.dlpack = (CUDA, 1)
+    mine = array(device)
+    found = mine.__cuda_array_interface__
+    assert found["data"] == (mine.place.region.address, False)
     assert (found["shape"], found["typestr"]) == ((2, 3, 4), "<f4")
-    assert not hasattr(array(memory), "__cuda_array_interface__")
+    assert mine.__dlpack_device__() == (CUDA, 1)
 
 
 def test_copies_are_refused() -> None:
     with pytest.raises(DeviceError, match="not copied by DLPack"):
-        array(HostMemory()).__dlpack__(copy=True)
+        array(SimulatedDevice()).__dlpack__(copy=True)
     assert ctypes.sizeof(ctypes.c_void_p) == 8
+
+
+def test_an_array_that_was_closed_is_not_read() -> None:
+    """Its memory may be somebody else's by now."""
+    mine = array(SimulatedDevice())
+    assert np.array_equal(mine.numpy(), VALUES)
+    mine.close()
+    mine.close()
+    for use in (mine.numpy, mine.__dlpack__):
+        with pytest.raises(DeviceError, match="an array is used after it was closed"):
+            use()
+
+
+@pytest.mark.parametrize("values", [VALUES, VALUES.astype(np.int64), VALUES[:0], VALUES.astype(np.float16)[:1]])
+def test_a_tensor_on_the_device_is_read_back(values: np.ndarray) -> None:
+    device = SimulatedDevice()
+    device.dlpack = (CUDA, 0)
+    theirs = array(device, values)
+    before, live = device.memory_map.used, dict(device.live)
+    got = fetched(device, theirs)
+    assert np.array_equal(got, values)
+    assert got.dtype == values.dtype
+    assert (device.memory_map.used, dict(device.live)) == (before, live)
+    del theirs
+    gc.collect()
+    assert device.memory_map.used == 0
+
+
+def test_a_tensor_elsewhere_is_refused() -> None:
+    one, other = SimulatedDevice(), SimulatedDevice()
+    one.dlpack, other.dlpack = (CUDA, 0), (CUDA, 1)
+    with pytest.raises(UsageError, match="a tensor lies on another device") as caught:
+        fetched(one, array(other))
+    assert (caught.value.details["got"], caught.value.details["want"]) == ("(2, 1)", "(2, 0)")
+    assert HOST == 1

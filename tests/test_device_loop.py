@@ -164,7 +164,7 @@ def test_copies_do_not_grow_with_calls_but_by_one(tmp_path: Path) -> None:
 
 
 def _regions(watched: Watched) -> list[str]:
-    requests = next(iter(watched.on_device._lanes[0]._requests.values()))
+    requests = next(iter(watched.on_device._lanes.every[0]._requests.values()))
     return list(requests.space.layout.regions)
 
 
@@ -236,7 +236,7 @@ def test_lanes_serve_threads_side_by_side(loaded: LoadedArtifact) -> None:
             worker.start()
         for worker in workers:
             worker.join(60)
-        assert len(artifact_on_device._lanes) == 2
+        assert len(artifact_on_device._lanes.every) == 2
     assert most == [2]
     for index, result in enumerate(wanted):
         assert relative_difference(got[index], result) <= LIMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,21 @@ def no_gpu() -> Gpu:
     raise DeviceError("there is no NVIDIA driver")
 
 
-def nothing_missing(_: str) -> str | None:
+def nothing_missing(*_: Any) -> str | None:
     return None
+
+
+def as_rtx_1_7(backend: str, capability: int, builds: bool) -> str | None:
+    """What TensorRT-RTX 1.7 alone is good for."""
+    if backend != "tensorrt-rtx":
+        return f"{backend} is not installed"
+    return "TensorRT-RTX does not build for it" if builds and capability in (90, 100) else None
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache is that of the test."""
+    monkeypatch.setenv("DCC_CACHE", str(tmp_path / "cache"))
 
 
 RTX = layer("tensorrt-rtx", capabilities=(80, 89), engines=True)
@@ -73,21 +87,21 @@ def test_what_fits_best_is_taken(layers: list[Layer], gpu: Gpu, backend: str, bu
 
 def test_without_a_gpu_or_a_library_it_is_the_processor_and_says_why() -> None:
     assert place([RTX], "auto", no_gpu, nothing_missing).reason == "there is no NVIDIA driver"
-    found = place([RTX], "auto", lambda: A100, lambda name: f"{name} is not installed")
+    found = place([RTX], "auto", lambda: A100, lambda name, *_: f"{name} is not installed")
     assert found.backend == "onnxruntime" and "tensorrt-rtx is not installed" in found.reason
     assert "dcc build" in found.reason
 
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
     assert place([RTX], "onnxruntime", lambda: A100, nothing_missing).backend == "onnxruntime"
-    assert place([RTX], "onnxruntime-cuda", lambda: A100, nothing_missing).layer is None
+    assert place([], "onnxruntime-cuda", lambda: A100, nothing_missing).layer is None
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
         place([RTX], "tensorrt-rtx", no_gpu, nothing_missing)
     with pytest.raises(DeviceError, match="cannot run with tensorrt on this device") as caught:
-        place([RTX], "tensorrt", lambda: A100, nothing_missing)
-    assert "no such layer" in str(caught.value) and "dcc build" in str(caught.value)
+        place([], "tensorrt", lambda: A100, nothing_missing)
+    assert "no layer for a GPU" in str(caught.value) and "dcc build" in str(caught.value)
     with pytest.raises(DeviceError, match="not installed"):
-        place([RTX], "onnxruntime-cuda", lambda: A100, lambda name: f"{name} is not installed")
+        place([RTX], "onnxruntime-cuda", lambda: A100, lambda name, *_: f"{name} is not installed")
     with pytest.raises(UsageError, match="unknown backend") as wrong:
         place([RTX], "tensorrtx", lambda: A100, nothing_missing)
     assert "tensorrt-rtx" in str(wrong.value)
@@ -140,7 +154,7 @@ def simulated(portable: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevic
     device = SimulatedDevice(folder=str(portable.parent))
     monkeypatch.setattr(loading, "gpu_of", lambda _: H100)
     monkeypatch.setattr(loading, "library_missing", nothing_missing)
-    monkeypatch.setattr(loading, "open_device", lambda index, flavour, rebuild: device)
+    monkeypatch.setattr(loading, "open_device", lambda index, flavour: device)
     return device
 
 
@@ -154,7 +168,8 @@ def test_the_first_load_builds_and_the_next_finds_what_was_built(
         assert first.placement.backend == "tensorrt" and "built here" in first.placement.reason
         got = first.sample(**request)
     names = {item.name for item in builder.requests}
-    assert {f"building {name} for NVIDIA H100" for name in names} == set(told)
+    assert told[0] == f"running with {first.placement}"
+    assert {f"building {name} for NVIDIA H100" for name in names} == set(told[1:])
     timestep = {engine.name for engine in first.plan.engines if engine.kind == "timestep"}
     assert names > {engine.name for engine in first.plan.engines} - timestep
     assert sum(name.startswith("update") for name in names) >= 2
@@ -185,11 +200,20 @@ def test_a_damaged_engine_beside_the_artifact_is_built_again(
 def test_engines_that_cannot_be_kept_are_used_all_the_same(
     portable: Path, builder: Builder, simulated: SimulatedDevice
 ) -> None:
+    """Beside the artifact, then in the user's cache, then nowhere."""
     Path(f"{portable}.engines").write_text("in the way")
     told: list[str] = []
+    load(portable, told=told.append).close()
+    count = len(builder.requests)
+    assert not any("could not be kept" in text for text in told)
+    load(portable).close()
+    assert len(builder.requests) == count
+    assert len(list((portable.parent / "cache/engines").glob("*.engine"))) == count
+    shutil.rmtree(portable.parent / "cache")
+    (portable.parent / "cache").write_text("in the way")
     with load(portable, told=told.append) as loaded:
         assert loaded.sample({"y": [3]}).shape[0] == 1
-    assert "could not be kept" in told[-1]
+    assert "could not be kept" in told[-1] and len(builder.requests) == 2 * count
 
 
 def test_a_layer_without_an_update_engine_says_what_makes_it_again(portable: Path, builder: Builder) -> None:
@@ -229,14 +253,17 @@ def test_every_engine_of_a_layer_is_built_by_tensorrt_from_the_artifact_alone(
         assert len(other.engine(name)) > 1000
     assert mine.built == [] and other.built == list(made.graphs)
     # An engine that the device refuses is built again for the very same one.
-    assert len(mine.rebuild(next(iter(made.graphs)))) > 1000
+    name = next(iter(made.graphs))
+    assert len(mine.rebuild(name, "refused") or b"") > 1000
+    # What was built here just now and is refused will not be better the next time.
+    assert mine.rebuild(name, "refused") is None
 
 
 def test_a_backend_that_builds_nothing_says_so(portable: Path) -> None:
     artifact = Artifact.open(portable)
     found = Layer(**{**artifact.layers[0].__dict__, "backend": "onnxruntime-cuda"})
     with pytest.raises(ExportError, match="builds no engines"):
-        LayerEngines(artifact, found, "NVIDIA H100", 90).rebuild(next(iter(found.graphs)))
+        LayerEngines(artifact, found, "NVIDIA H100", 90).rebuild(next(iter(found.graphs)), "")
 
 
 @pytest.mark.parametrize(
