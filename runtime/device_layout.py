@@ -67,8 +67,10 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """What all regions take."""
-        return sum(size + -size % self.alignment for size in self.regions.values())
+        """What all regions take, and what passes through device memory while they are filled."""
+        entries = [entry.nbytes for ref, entry in self.block.items() if ref.kind in ("timestep", "input")]
+        sizes = [*self.regions.values(), self.size.calls * max(entries, default=0)]
+        return sum(size + -size % self.alignment for size in sizes)
 
     def image_bytes(self, kind: str) -> int:
         """Bytes of one image: `latent` in float32, `input` and `output` as the denoiser has them."""

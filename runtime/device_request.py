@@ -32,11 +32,13 @@ class DeviceRequests:
         self.space = DeviceWorkspace(model, size, stream, scratch)
         self._model, self._plan, self._stream = model, model.plan, stream
         self.steps = Steps(self.space, model.loop) if size.calls and model.loop is not None else None
+        free = model.device.memory().free
         try:
             self._bind()
         except DeviceMemoryError as error:
+            contexts = free - model.device.memory().free + error.wanted
             self.close()
-            raise self.space.no_room() from error
+            raise self.space.no_room(contexts) from error
         except BaseException:
             self.close()
             raise

@@ -229,13 +229,14 @@ class DeviceWorkspace:
         """The present call's coefficients, of which a kind reads the first `count`."""
         return Place(self.entry(COEFFICIENTS).part(0, 4 * count), "float32", (count,))
 
-    def no_room(self) -> DeviceMemoryError:
-        """What is said where the workspace, which is closed, did not fit."""
+    def no_room(self, contexts: int = 0) -> DeviceMemoryError:
+        """What is said where the workspace, which is closed, did not fit; `contexts` is what engines took besides."""
         free = self.model.device.memory().free
-        fit = largest_images(self.plan, self.model.loop, self.size, self.layout.alignment, free)
+        fit = largest_images(self.plan, self.model.loop, self.size, self.layout.alignment, free - contexts)
+        fit, wanted = min(fit, self.size.images - 1), self.layout.nbytes + contexts
         return DeviceMemoryError(
-            "a request does not fit into the device's memory", self.layout.nbytes, free,
+            "a request does not fit into the device's memory", wanted, free,
             at=f"{self.size.images} images, {self.size.rows} rows",
-            got=f"{free / 2**20:.1f} MiB free", want=f"{self.layout.nbytes / 2**20:.1f} MiB",
-            next=f"ask for at most {fit} images at once" if fit else "free memory of the device, or use another",
+            got=f"{free / 2**20:.1f} MiB free", want=f"{wanted / 2**20:.1f} MiB",
+            next=f"ask for at most {fit} images at once" if fit > 0 else "free memory of the device, or use another",
         )  # fmt: skip

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from compiled import relative_difference
+from example_artifact import CALLS, write_example
 
 from dcc.exports.update_engines import update_engines
+from dcc.runtime.artifact import Artifact
 from dcc.runtime.device_loop import DeviceArtifact
 from dcc.runtime.loaded import LoadedArtifact
 from dcc.runtime.loop_spec import loop_spec
+from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from dcc.runtime.plan_witness import Witness
+from dcc.runtime.sampler import SamplerCall, SamplerTable
 from dcc.runtime.simulated_device import SimulatedDevice
 
 LIMIT = 2e-5  # float32 against float32, sums in another order, and sampler tables in float64
@@ -26,6 +31,17 @@ def engine_source(loaded: LoadedArtifact) -> Callable[[str], bytes]:
 
 def simulated_device(loaded: LoadedArtifact, kind: type[SimulatedDevice] = SimulatedDevice) -> SimulatedDevice:
     return kind(folder=loaded.artifact.folder)
+
+
+def loaded_example(path: Path, draws: bool = False) -> LoadedArtifact:
+    """A complete artifact of a few kilobytes on the processor, guided, with three sampler calls."""
+    write_example(path)
+    opened = Artifact.open(path)
+    row = (0.9, -0.3, 0.0, 0.1 if draws else 0.0)
+    call = SamplerCall(5, 1.0, None, (row,), None, int(draws), "float32", 0)
+    table = SamplerTable("plain", "Plain", "epsilon", 1, "float32", 1, 1.0, None, None, (call,) * CALLS)
+    opened.manifest["sampler"] = table.to_json()
+    return LoadedArtifact(opened, OnnxRuntimeBackend(opened, 1))
 
 
 class Watched:

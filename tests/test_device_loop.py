@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from compiled import relative_difference
-from example_artifact import CALLS, WIDTH, write_example
+from example_artifact import WIDTH
 from schedule_reference import subject, write
-from simulated import LIMIT, Watched, engine_source, simulated_device
+from simulated import LIMIT, Watched, engine_source, loaded_example, simulated_device
 from test_schedule_lowering import SCHEDULES
 
 from dcc.errors import ArtifactError, Cancelled, ExecutionError
 from dcc.exports.update_engines import update_engines
 from dcc.frontend.samplers import sampler_table
-from dcc.runtime.artifact import Artifact
 from dcc.runtime.device import DeviceMemoryError
 from dcc.runtime.device_engines import largest_table_rows
 from dcc.runtime.device_loop import DeviceArtifact
 from dcc.runtime.loaded import LoadedArtifact
-from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from dcc.runtime.sampler import SamplerCall, SamplerTable
+from dcc.runtime.sampler import SamplerTable
 from dcc.runtime.simulated_device import SimulatedDevice
 
 SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -98,17 +96,9 @@ def test_denoise_is_what_the_processor_gives(watched: Watched) -> None:
         assert relative_difference(watched.denoise(**inputs), watched.loaded.denoise(**inputs)) <= LIMIT
 
 
-def example_table() -> SamplerTable:
-    call = SamplerCall(5, 1.0, None, ((0.9, -0.3, 0.0, 0.0),), None, 0, "float32", 0)
-    return SamplerTable("plain", "Plain", "epsilon", 1, "float32", 1, 1.0, None, None, (call,) * CALLS)
-
-
 def test_halves_that_start_where_no_port_may(tmp_path: Path) -> None:
     """32 bytes an image: the second half of the output lies between the addresses that ports may have."""
-    write_example(tmp_path / "a.dcc")
-    opened = Artifact.open(tmp_path / "a.dcc")
-    opened.manifest["sampler"] = example_table().to_json()
-    watched = Watched(LoadedArtifact(opened, OnnxRuntimeBackend(opened, 1)))
+    watched = Watched(loaded_example(tmp_path / "a.dcc"))
     for images in (1, 3, 8):
         watched.check({"y": [1] * images}, seed=1)
         noise = np.random.default_rng(images).standard_normal((images, WIDTH)).astype(np.float32)

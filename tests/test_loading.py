@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,91 +22,23 @@ from dcc.runtime.device import DeviceError
 from dcc.runtime.engine_cache import EngineCache
 from dcc.runtime.first_build import LayerEngines, cache_beside
 from dcc.runtime.layers import Layer
-from dcc.runtime.placement import Gpu, place
+from dcc.runtime.placement import Gpu
 from dcc.runtime.simulated_device import SimulatedDevice
 from dcc.runtime.tensorrt_builder import BuildCost, BuildRequest, TensorRt
 from dcc.tolerances import TOLERANCE
 
 H100 = Gpu("NVIDIA H100", 90)
-A100 = Gpu("NVIDIA A100", 80)
-T4 = Gpu("Tesla T4", 75)
 REQUEST = LayerRequest("tensorrt", "float16", (90,), ("h100",), "because")
-
-
-def layer(
-    backend: str = "tensorrt", dtype: str = "float16", capabilities: tuple[int, ...] = (90,), device: str = "",
-    engines: bool = False,
-) -> Layer:  # fmt: skip
-    members = {"step": "step.onnx"}
-    name = f"{backend}-{dtype}"
-    return Layer(name, backend, dtype, capabilities, ("x",), "", device, members, members if engines else {}, "", {})
-
-
-def no_gpu() -> Gpu:
-    raise DeviceError("there is no NVIDIA driver")
 
 
 def nothing_missing(*_: Any) -> str | None:
     return None
 
 
-def as_rtx_1_7(backend: str, capability: int, builds: bool) -> str | None:
-    """What TensorRT-RTX 1.7 alone is good for."""
-    if backend != "tensorrt-rtx":
-        return f"{backend} is not installed"
-    return "TensorRT-RTX does not build for it" if builds and capability in (90, 100) else None
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's cache is that of the test."""
     monkeypatch.setenv("DCC_CACHE", str(tmp_path / "cache"))
-
-
-RTX = layer("tensorrt-rtx", capabilities=(80, 89), engines=True)
-HERE = layer(device="NVIDIA H100", engines=True)
-GRAPHS = layer()
-
-
-@pytest.mark.parametrize(
-    ("layers", "gpu", "backend", "built", "words"),
-    [
-        ([], H100, "onnxruntime", True, "no layer for a GPU"),
-        ([RTX, GRAPHS], H100, "tensorrt", False, "built here"),
-        ([RTX, HERE], H100, "tensorrt", True, "holds engines"),
-        ([RTX, GRAPHS], A100, "tensorrt-rtx", True, "holds engines"),
-        ([layer("onnxruntime-cuda"), RTX], H100, "tensorrt-rtx", False, "built here"),
-        ([layer("onnxruntime-cuda")], T4, "onnxruntime-cuda", True, "typed graphs"),
-        ([layer(dtype="bfloat16")], T4, "onnxruntime", True, "bfloat16 needs compute capability 80, this is 75"),
-    ],
-)
-def test_what_fits_best_is_taken(layers: list[Layer], gpu: Gpu, backend: str, built: bool, words: str) -> None:
-    found = place(layers, "auto", lambda: gpu, nothing_missing)
-    assert (found.backend, found.built) == (backend, built)
-    assert words in found.reason and found.backend in str(found)
-    assert found.device == ("the processor" if backend == "onnxruntime" else gpu.name)
-
-
-def test_without_a_gpu_or_a_library_it_is_the_processor_and_says_why() -> None:
-    assert place([RTX], "auto", no_gpu, nothing_missing).reason == "there is no NVIDIA driver"
-    found = place([RTX], "auto", lambda: A100, lambda name, *_: f"{name} is not installed")
-    assert found.backend == "onnxruntime" and "tensorrt-rtx is not installed" in found.reason
-    assert "dcc build" in found.reason
-
-
-def test_what_is_asked_for_is_taken_or_refused() -> None:
-    assert place([RTX], "onnxruntime", lambda: A100, nothing_missing).backend == "onnxruntime"
-    assert place([], "onnxruntime-cuda", lambda: A100, nothing_missing).layer is None
-    with pytest.raises(DeviceError, match="no NVIDIA driver"):
-        place([RTX], "tensorrt-rtx", no_gpu, nothing_missing)
-    with pytest.raises(DeviceError, match="cannot run with tensorrt on this device") as caught:
-        place([], "tensorrt", lambda: A100, nothing_missing)
-    assert "no layer for a GPU" in str(caught.value) and "dcc build" in str(caught.value)
-    with pytest.raises(DeviceError, match="not installed"):
-        place([RTX], "onnxruntime-cuda", lambda: A100, lambda name, *_: f"{name} is not installed")
-    with pytest.raises(UsageError, match="unknown backend") as wrong:
-        place([RTX], "tensorrtx", lambda: A100, nothing_missing)
-    assert "tensorrt-rtx" in str(wrong.value)
 
 
 @pytest.fixture
@@ -309,3 +243,121 @@ def test_typed_graphs_run_in_place_of_the_portable_engines(portable: Path) -> No
     wanted = load(portable, backend="onnxruntime").sample(**request)
     apart = np.abs(typed.sample(**request) - wanted).max() / np.ptp(wanted)
     assert 0 < apart <= TOLERANCE["float16"].loop
+
+
+def test_graphs_of_one_library_are_built_by_another(
+    portable: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    library = TensorRt("tensorrt", "10.14", (), None)
+    monkeypatch.setattr("dcc.runtime.first_build.TensorRt.find", lambda flavour: asked.append(flavour) or library)
+    artifact = Artifact.open(portable)
+    theirs = replace(artifact.layers[0], backend="tensorrt-rtx", capabilities=(90,), engines=artifact.layers[0].graphs)
+    engines = LayerEngines(artifact, theirs, "NVIDIA H100", 90, backend="tensorrt")
+    name = next(iter(theirs.graphs))
+    # Engines for this very GPU, which the other library does not read.
+    assert not engines.ready and LayerEngines(artifact, theirs, "NVIDIA H100", 90).ready
+    assert engines.engine(name) and asked == ["tensorrt"] and engines.built == [name]
+
+
+def test_a_device_that_is_not_there_is_refused(portable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not answered with the processor: its number was asked for."""
+
+    class Driver:
+        count = 2
+
+    monkeypatch.setattr(loading, "CudaDriver", Driver)
+    for index in (2, -1):
+        with pytest.raises(UsageError, match="there is no such device") as caught:
+            load(portable, device=index)
+        assert (caught.value.details["got"], caught.value.details["want"]) == (str(index), "0 to 1")
+
+
+def test_a_refused_engine_is_built_again_and_kept(
+    portable: Path, builder: Builder, simulated: SimulatedDevice
+) -> None:
+    """One that the device takes no more, from the folder beside the artifact: it is whole, and of no use."""
+    load(portable).close()
+    count = len(builder.requests)
+    name = next(item.name for item in builder.requests if item.name.startswith("update"))
+    stale = {path.read_bytes()[64:].partition(b"\n")[2] for path in Path(f"{portable}.engines").glob("*.engine")}
+    refused: list[str] = []
+
+    def refuses(engine: str, data: bytes) -> str | None:
+        if engine == name and data in stale and not refused:
+            refused.append(engine)
+            return "made by another driver"
+        return None
+
+    simulated._refuses = refuses
+    told: list[str] = []
+    load(portable, told=told.append).close()
+    why = "which refused the one that was there: made by another driver"
+    assert told[1:] == [f"building {name} for NVIDIA H100, {why}"]
+    assert len(builder.requests) == count + 1
+    load(portable).close()
+    assert len(builder.requests) == count + 1
+
+
+def test_an_engine_that_is_refused_as_it_was_built_is_an_error(
+    portable: Path, builder: Builder, simulated: SimulatedDevice
+) -> None:
+    simulated._refuses = lambda name, data: "no kernel image is available"
+    with pytest.raises(DeviceError, match="an engine does not fit this device") as caught:
+        load(portable)
+    assert caught.value.details["got"] == "no kernel image is available"
+    assert len(builder.requests) == 1
+    assert simulated.memory_map.used == 0
+
+
+def test_processes_that_load_at_once_build_once(portable: Path, builder: Builder) -> None:
+    """Threads with caches of their own stand for processes."""
+    artifact = Artifact.open(portable)
+    [found] = artifact.layers
+    start, told = threading.Barrier(3, timeout=30), []
+
+    def build() -> None:
+        engines = LayerEngines(artifact, found, "NVIDIA H100", 90, cache_beside(artifact), told.append)
+        start.wait()
+        for name in found.graphs:
+            assert engines.engine(name)
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(item.name for item in builder.requests) == sorted(found.graphs)
+    assert {text.partition(" ")[0] for text in told} <= {"building", "waiting"}
+
+
+def test_where_it_runs_is_said(portable: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An artifact for GPUs on a machine without one: the user learns why it is slow."""
+    assert cli.main(["run", str(portable), "-n", "1", "-o", str(tmp_path / "a.npy")]) == 0
+    said = capsys.readouterr().err
+    assert "running with onnxruntime, on the processor: " in said
+
+
+def test_a_layer_of_a_newer_library_is_built_again_by_the_one_that_is_here(
+    portable: Path, builder: Builder, simulated: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engines are in the file, for this very GPU, and this library does not read them."""
+    opened = Artifact.open(portable)
+    [found] = opened.layers
+    newer = replace(found, device="NVIDIA H100", version="99.1", engines=found.graphs)
+    opened.layers = (newer,)
+    monkeypatch.setattr("dcc.runtime.loading.Artifact.open", lambda *_, **__: opened)
+    refused: set[str] = set()
+
+    def refuses(name: str, data: bytes) -> str | None:
+        first = name not in refused
+        refused.add(name)
+        return "made by TensorRT 99.1" if first else None
+
+    simulated._refuses = refuses
+    told: list[str] = []
+    with load(portable, told=told.append) as loaded:
+        assert "the artifact holds engines for it" in loaded.placement.reason
+        assert loaded.sample({"y": [3]}).shape[0] == 1
+    assert all(text.endswith("refused the one that was there: made by TensorRT 99.1") for text in told[1:])
+    assert len(told) == 1 + len(builder.requests)
