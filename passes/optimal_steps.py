@@ -29,21 +29,27 @@ RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class OptimalSteps:
-    """See the module's text. `computed` calls of all; `order` 0 to 2 of the forecast, `groups` of units."""
+    """See the module's text. `computed` calls of all; `order` 0 to 2 of the forecast, `groups` of units.
+
+    `trust` is the exponent of the measured sensitivities: fitted weights take back part of what early calls get wrong,
+    whose sensitivity is highest, so that less than 1 is often nearer to the truth.
+    """
 
     computed: int = 10
     order: int = 1
     groups: int = 1
+    trust: float = 1.0
     name: str = "optimal-steps"
 
     def __post_init__(self) -> None:
         check_option("computed", self.computed, 1)
         check_option("order", self.order, 0, 2)
         check_option("groups", self.groups, 1)
+        check_option("trust", self.trust, 0, 1)
 
     def propose(self, subject: Subject) -> Schedule:
         """Raises Declined."""
-        chosen = best_calls(subject, self.order)
+        chosen = best_calls(subject, self.order, self.trust)
         if self.computed >= subject.calls:
             raise Declined(f"{self.computed} calls to compute, and there are {subject.calls}")
         calls = set(chosen[self.computed - 1])
@@ -51,7 +57,7 @@ class OptimalSteps:
         groups = min(self.groups, count)
         units = delta_units(subject.components, sorted({index * count // groups for index in range(groups)}))
         computes = [[call in calls] * len(units) for call in range(subject.calls)]
-        name = name_of(self, f"{self.name} {self.computed} of {subject.calls}, order {self.order}", "groups")
+        name = name_of(self, f"{self.name} {self.computed} of {subject.calls}, order {self.order}", "groups", "trust")
         schedule = from_steps(subject.components, units, computes, self.order, name=name)
         return finished(schedule, subject, "every call is computed")
 
@@ -63,11 +69,35 @@ class OptimalSteps:
         return apply_schedule(self, program)
 
 
-def best_calls(subject: Subject, order: int) -> list[tuple[int, ...]]:
+def best_calls(subject: Subject, order: int, trust: float = 1.0) -> list[tuple[int, ...]]:
     """For each number of computed calls, from 1 to all, the calls to compute. Raises Declined."""
     measured = subject.measured()
-    calls = subject.calls
-    costs = _costs(measured.output_products, measured.sensitivity, min(order, 1))
+    return StepErrors.of(measured.output_products, measured.sensitivity, order, trust).best()
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """What to expect of each set of computed calls; `costs[b + 1, a, n]` as `_costs` has it."""
+
+    costs: Array
+
+    @staticmethod
+    def of(products: Array, sensitivity: Array, order: int, trust: float = 1.0) -> StepErrors:
+        """From the mean products of outputs of two calls and the sample's error for one of a call's output."""
+        return StepErrors(_costs(products, sensitivity**trust, min(order, 1)))
+
+    def of_calls(self, chosen: Sequence[int]) -> float:
+        """The expected error of computing these calls, in order, the first among them."""
+        places = [-1, *chosen, len(self.costs) - 1]
+        return sum(float(self.costs[b + 1, a, n]) for b, a, n in zip(places, places[1:], places[2:], strict=False))
+
+    def best(self) -> list[tuple[int, ...]]:
+        """For each number of computed calls, from 1 to all, those of the least expected error."""
+        return _shortest_paths(self.costs)
+
+
+def _shortest_paths(costs: Array) -> list[tuple[int, ...]]:
+    calls = len(costs) - 1
     # best[b + 1, a]: the least cost of the calls up to a, the last two computed ones being b and a; b = -1: only a.
     best = np.full((calls + 1, calls), math.inf)
     best[0, 0] = 0.0

@@ -50,6 +50,19 @@ class Request:
         noise = copy.deepcopy(self._source) if self.sampler.table.calls[call].draws else self._source
         return sampler.advance(call, output, lambda dtype: noise.draw(self.sampler.shape[1:], dtype)).copy()
 
+    def place(self) -> tuple[Sampler, Noise]:
+        """Sampler and noise as they are before the next call, for `return_to`."""
+        return self.sampler.fork(), self._copy_of(self._source)
+
+    def return_to(self, place: tuple[Sampler, Noise]) -> None:
+        """The request goes on from a place where it, or another one of the same arguments, was."""
+        sampler, source = place
+        self.sampler, self._source = sampler.fork(), self._copy_of(source)
+
+    def _copy_of(self, source: Noise) -> Noise:
+        """A generator's state is large: it is copied for samplers that draw."""
+        return copy.deepcopy(source) if any(call.draws for call in self.sampler.table.calls) else source
+
     def draw(self, dtype: str) -> Array:
         """Fresh noise of the latent's shape, the next of the request's generators."""
         return self._source.draw(self.sampler.shape[1:], dtype)

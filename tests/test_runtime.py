@@ -283,6 +283,27 @@ def test_threads_below_one_are_refused(path: Path) -> None:
         load(path, threads=0)
 
 
+def test_a_request_goes_back_to_a_place_with_its_noise(artifact: Callable[..., Path]) -> None:
+    """DDPM draws in every call; another request of the same arguments may go there as well."""
+    arguments: dict[str, Any] = {"conditions": {"class_labels": [1, 2]}, "seed": 3}
+
+    def finished(request: Any, first: int) -> np.ndarray:
+        for call in range(first, request.calls):
+            request.advance(call, request.output(call))
+        return request.sampler.latent.copy()
+
+    with load(artifact("diffusers_dit")) as loaded:
+        with loaded.request(**arguments) as request:
+            request.advance(0, request.output(0))
+            place = request.place()
+            wanted = finished(request, 1)
+            request.return_to(place)
+            assert np.array_equal(finished(request, 1), wanted)
+        with loaded.request(**arguments) as request:
+            request.return_to(place)
+            assert np.array_equal(finished(request, 1), wanted)
+
+
 def test_no_call_after_the_first_allocates(dit: LoadedArtifact) -> None:
     """numpy reports its memory to tracemalloc; eight images with guidance have latents of 12 KiB."""
     dit.sample({"y": [3] * 8}, seed=1)

@@ -81,8 +81,13 @@ def choose(
         assert requirement is not None
         with clock("choosing a schedule"):
             check = requests_of(laboratory, range(CHECK_SEED, CHECK_SEED + images))
-            candidates: Iterator[Schedule] = FastSearch(laboratory, requirement, check, told).candidates()
-            found, how = _first_that_holds(laboratory, requirement, candidates), "found by bisection and moves"
+            fast = FastSearch(laboratory, requirement, check, told)
+            found = _first_that_holds(laboratory, requirement, fast.candidates())
+            # What is better on two sets of requests may still miss the requirement on the third.
+            better = fast.polished()
+            if requirement.holds(_held_out_value(laboratory, requirement, better)):
+                found = better
+            how = "found by bisection and moves"
     else:
         from dcc.search.study import TABLE, searched  # which imports this module, and pymoo
 
@@ -113,11 +118,9 @@ def choose(
 
 def _first_that_holds(laboratory: Laboratory, requirement: Requirement, candidates: Iterator[Schedule]) -> Schedule:
     """The first schedule that keeps the requirement on the held-out requests. Raises QualityError for none."""
-    exact = laboratory.exact_trajectory(laboratory.held_out)[-1].astype(np.float32)
     best: float | None = None
     for schedule in candidates:
-        samples = laboratory.run(schedule, laboratory.held_out).samples
-        value = requirement.measure(samples, exact, laboratory.data_range)
+        value = _held_out_value(laboratory, requirement, schedule)
         if requirement.holds(value):
             return schedule
         better = best is None or (value > best) == requirement.at_least
@@ -126,6 +129,14 @@ def _first_that_holds(laboratory: Laboratory, requirement: Requirement, candidat
         "no schedule keeps the requirement", want=str(requirement), next="lower --require, or compile with -O1",
         got="nothing but the exact loop" if best is None else f"{requirement.metric} {best:.3f} on held-out requests",
     )  # fmt: skip
+
+
+def _held_out_value(laboratory: Laboratory, requirement: Requirement, schedule: Schedule) -> float:
+    """The requirement's metric on the held-out requests."""
+    exact = laboratory.exact_trajectory(laboratory.held_out)[-1].astype(np.float32)
+    return requirement.measure(
+        laboratory.run(schedule, laboratory.held_out).samples, exact, laboratory.data_range
+    )
 
 
 def _given(
@@ -161,7 +172,7 @@ def assess(
     shipped, exact = laboratory.load(schedule, finest=False), laboratory.load(None, finest=False)
     samples = shipped.sample(**laboratory.request_values(shipped, held_out))
     quality = quality_of(laboratory, samples, held_out)
-    ratios, exact_ms = beside_exact(laboratory, exact, {"schedule": shipped})
+    ratios, exact_ms = beside_exact(laboratory, exact, {"schedule": shipped}, repeats=3)
     speedup, latency = 1 / ratios["schedule"], exact_ms * ratios["schedule"]
     plain = PlainSteps(prepared, laboratory, folder).of_equal_time(speedup, exact_ms)
     predicted = None if table is None else predicted_ms(laboratory, schedule, target, table)

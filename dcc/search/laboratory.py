@@ -26,7 +26,7 @@ from dcc.exports.templates import OnnxTemplate, export_templates
 from dcc.exports.unroll import step_stages
 from dcc.ir.measurements import Features, Measurements, blocks_of, measure
 from dcc.ir.program import Program
-from dcc.ir.schedule import Schedule, delta_units, from_steps, full_schedule
+from dcc.ir.schedule import Schedule, full_schedule
 from dcc.preparation import manifest_of
 from dcc.quality import psnr, ssim, typical_range
 from dcc.runtime.artifact import Artifact
@@ -38,6 +38,7 @@ from dcc.runtime.plan import Call, ConstantSpec, EngineSpec, Plan
 Array = np.ndarray[Any, np.dtype[Any]]
 SEARCH_SEED, CHECK_SEED, HELD_OUT_SEED = 1_000, 5_000, 9_000
 SENSITIVITY_IMAGES = 6
+SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Laboratory:
             self._requests(exact, range(first, first + count), conditions or {}, guidance_scale, skipped)
             for first, count, skipped in ((SEARCH_SEED, images, 0), (HELD_OUT_SEED, held_out_images, images))
         )
-        self._exact: dict[tuple[int, ...], list[Array]] = {}
+        self._exact: dict[tuple[int, ...], tuple[list[Array], list[Array]]] = {}
 
     def _requests(
         self,
@@ -178,13 +179,22 @@ class Laboratory:
 
     def exact_trajectory(self, requests: Requests) -> list[Array]:
         """The exact latents after each sampler call; the last are the exact samples."""
+        return self._exact_run(requests)[0]
+
+    def exact_outputs(self, requests: Requests) -> list[Array]:
+        """The guided output of each call of the exact run."""
+        return self._exact_run(requests)[1]
+
+    def _exact_run(self, requests: Requests) -> tuple[list[Array], list[Array]]:
         if requests.seeds not in self._exact:
             loaded = self.load(None)
             latents: list[Array] = []
+            outputs: list[Array] = []
             with loaded.request(**self.request_values(loaded, requests)) as request:
                 for call in range(request.calls):
-                    latents.append(request.advance(call, request.output(call)).copy())
-            self._exact[requests.seeds] = latents
+                    outputs.append(request.output(call).copy())
+                    latents.append(request.advance(call, outputs[-1]).copy())
+            self._exact[requests.seeds] = latents, outputs
         return self._exact[requests.seeds]
 
     def quality(self, samples: Array, requests: Requests) -> tuple[float, float, float | None]:
@@ -226,11 +236,7 @@ class Laboratory:
 
     def measurements(self) -> Measurements:
         """What calibrated schedules stand on, from the search's requests. Raises UsageError for a single call."""
-        if self.program.calls < 2:
-            raise UsageError(
-                "one sampler call leaves nothing to reuse", at=self.program.name, got="1 sampler call",
-                want="2 or more", next="more --steps, or compile with -O1",
-            )  # fmt: skip
+        self._check_calls()
         scale = self.search.guidance_scale
         measured = measure(
             self.features(self.search), self.program.components, first_block=len(blocks_of(self.program)[0]),
@@ -238,34 +244,41 @@ class Laboratory:
         )  # fmt: skip
         return replace(measured, sensitivity=self.sensitivity())
 
+    def _check_calls(self) -> None:
+        if self.program.calls < 2:
+            raise UsageError(
+                "one sampler call leaves nothing to reuse", at=self.program.name, got="1 sampler call",
+                want="2 or more", next="more --steps, or compile with -O1",
+            )  # fmt: skip
+
     def sensitivity(self, images: int = SENSITIVITY_IMAGES) -> Array:
         """The sample's root mean squared error for one of a call's guided output, by trying it call by call.
 
-        Each trial begins two calls earlier on the exact trajectory, forecasts one call and computes the others.
+        Each trial begins at the call on the exact trajectory, with its output forecast from those of the two calls
+        before; later calls are computed. The geometric mean over images, because a few that end at another picture
+        would decide a mean. Raises UsageError for a single call.
         """
+        self._check_calls()
         requests = first_of(self.search, images)
-        components, calls = self.program.components, self.program.calls
-        loaded = self.load(full_schedule(components, calls))
-        starts, outputs = [], []
+        calls = self.program.calls
+        loaded = self.load(full_schedule(self.program.components, calls))
+        places, outputs = [], []
         with loaded.request(**self.request_values(loaded, requests)) as request:
             for call in range(calls):
-                starts.append(request.sampler.fork())
+                places.append(request.place())
                 outputs.append(request.output(call).copy())
                 request.advance(call, outputs[-1])
             exact = request.sampler.latent.copy()
         found = np.ones(calls)
         for call in range(1, calls):
-            computes = [[other != call] for other in range(calls)]
-            loaded = self.load(from_steps(components, delta_units(components), computes, order=1))
-            first = max(0, call - 2)
+            wrong = 2 * outputs[call - 1] - outputs[call - 2] if call > 1 else outputs[0]
             with loaded.request(**self.request_values(loaded, requests)) as request:
-                request.sampler = starts[first].fork()
-                for other in range(first, calls):
-                    output = request.output(other)
-                    if other == call:
-                        error = _root_mean_square(output - outputs[call])
-                    request.advance(other, output)
-                found[call] = _root_mean_square(request.sampler.latent - exact) / (error or 1.0)
+                request.return_to(places[call])
+                for other in range(call, calls):
+                    request.advance(other, wrong if other == call else request.output(other))
+                reached = _root_mean_squares(request.sampler.latent - exact)
+            given = _root_mean_squares(wrong - outputs[call])
+            found[call] = np.exp(np.mean(np.log(np.maximum(reached, SMALLEST) / np.maximum(given, SMALLEST))))
         found[0] = found[1]
         return found
 
@@ -291,8 +304,9 @@ def first_of(requests: Requests, images: int) -> Requests:
     return Requests(requests.seeds[:count], conditions, requests.guidance_scale)
 
 
-def _root_mean_square(values: Array) -> float:
-    return float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
+def _root_mean_squares(values: Array) -> Array:
+    """Of each image."""
+    return np.asarray(np.sqrt(np.mean(values.reshape(len(values), -1).astype(np.float64) ** 2, axis=1)))
 
 
 def _write_base(program: Program, path: Path, templates: Mapping[str, OnnxTemplate]) -> Plan:

@@ -14,7 +14,7 @@ from subjects import applied, check_settles, sketch, subject, table, without_mea
 
 from dcc.errors import UsageError
 from dcc.ir.measurements import Declined, Subject
-from dcc.passes.optimal_steps import RIDGE, OptimalSteps, best_calls
+from dcc.passes.optimal_steps import RIDGE, OptimalSteps, StepErrors, best_calls
 
 CALLS = 7
 
@@ -56,7 +56,25 @@ def test_fires_in_groups(golden: Callable[[str], None]) -> None:
 
 def test_settles() -> None:
     report = check_settles(OptimalSteps(computed=4))
-    assert report.figures["options"] == {"computed": 4, "order": 1, "groups": 1}
+    assert report.figures["options"] == {"computed": 4, "order": 1, "groups": 1, "trust": 1.0}
+
+
+def test_trust_is_the_exponent_of_the_sensitivities() -> None:
+    one, outputs = random_subject(3)
+    assert one.measurements is not None
+    sensitivity = one.measurements.sensitivity
+    squared = replace(one, measurements=replace(one.measurements, sensitivity=sensitivity**2))
+    assert best_calls(squared, 1, 0.5) == best_calls(one, 1)
+    extreme = np.ones(CALLS)
+    extreme[5] = 1e6
+    told, flat = (replace(one, measurements=replace(one.measurements, sensitivity=value)) for value in
+                  (extreme, np.ones(CALLS)))  # fmt: skip
+    assert best_calls(told, 1, 0.0) == best_calls(flat, 1) != best_calls(told, 1)
+    errors = StepErrors.of(outputs @ outputs.T / outputs.shape[1], sensitivity, 1)
+    for chosen in errors.best():
+        assert errors.of_calls(chosen) == pytest.approx(cost(outputs, sensitivity, chosen, 1))
+    with pytest.raises(UsageError, match="trust"):
+        OptimalSteps(trust=1.5)
 
 
 @pytest.mark.parametrize("order", [0, 1])
