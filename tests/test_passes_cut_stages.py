@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import diffusers
 import pytest
 import torch
 from random_graphs import Sketch, apply, aten, random_inputs
 
+from dcc.frontend.families import PixArtAdapter
+from dcc.frontend.trace import trace
 from dcc.ir.graph import is_static, outputs_of, shape_of
 from dcc.ir.interpret import run_graph, run_stages
 from dcc.ir.program import Program
@@ -157,3 +160,19 @@ def test_ports_are_tensors_with_the_batch_alone(name: str, traced: Callable) -> 
             assert is_static(shape) or (shape[0] == "B" and is_static(shape[1:])), (stage.name, node, shape)
     assert outputs_of(program.graph)[0] in program.stages[-1].outputs
     assert len({stage.name for stage in program.stages}) == len(program.stages)
+
+
+def test_a_batch_limit_of_one_guided_image_is_cut_as_well() -> None:
+    """Two rows at most and a mask: in so narrow a range the exporter would write shapes in another way."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=16, sample_size=8, patch_size=2, caption_channels=12, use_additional_conditions=False,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500.0, 20.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 12), "encoder_attention_mask": torch.ones(2, 6),
+    }  # fmt: skip
+    roles = dict.fromkeys(inputs, "condition") | {"hidden_states": "latent", "timestep": "timestep"}
+    program = trace(PixArtAdapter(transformer), inputs, roles, name="pixart", rows=2)
+    run_passes(program, pipeline(1))
+    assert program.rows == (1, 2) and len(program.components) == 6

@@ -22,6 +22,7 @@ from dcc.ir.graph import BATCH, dtype_name, outputs_of, shape_of
 from dcc.ir.program import Guidance, Input, Program, Role
 
 MAX_ROWS = 128
+WIDE_ROWS = 16
 
 
 def trace(
@@ -81,7 +82,8 @@ def _export(
     batched = [key for key, value in example.items() if value.dim() and value.shape[0] == size and key not in unbatched]
     # With a batch of one the exporter would fix the batch to one.
     example |= {key: torch.cat([example[key]] * (2 if size == 1 else 1))[: max(2, size)] for key in batched}
-    batch = Dim("B", min=1, max=rows)
+    # In a narrow range the exporter finds other expressions for the same shapes, which cannot be ports.
+    batch = Dim("B", min=1, max=max(rows, WIDE_ROWS))
     dynamic = {key: ({0: batch} if key in batched else None) for key in example}
     timesteps = [key for key in example if roles.get(key) == Role.TIMESTEP and not example[key].is_floating_point()]
     attempts = [{**example, **{key: example[key].float() for key in timesteps}}] if timesteps else []
