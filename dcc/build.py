@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcc.cost_model.local_device import local_device
-from dcc.cost_model.targets import targets_named
+from dcc.cost_model.targets import LOCAL, targets_named
 from dcc.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def build(
     targets = targets_named(target)
     requests = [on_this_device(request, local_device()) for request in layer_requests(targets, dtype, backend)]
     if not requests:
-        names = ", ".join(item.name for item in targets)
-        raise UsageError("these targets need no engines of their own", got=names, want="a GPU of dcc targets")
+        raise _nothing_to_build(target, ", ".join(item.name for item in targets))
     destination = Path(artifact if output is None else output)
     check_destination(destination)
     if workers is not None and workers < 1:
@@ -49,11 +48,24 @@ def build(
     return add_layers(Path(artifact), requests, destination, options, told=progress)
 
 
+def _nothing_to_build(asked: str, names: str) -> UsageError:
+    advice = "name a GPU of dcc targets: dcc build MODEL.dcc --target a100 needs none on this machine"
+    if LOCAL in [item.strip().lower() for item in asked.split(",")]:
+        return UsageError(
+            "no driver of NVIDIA answers on this machine, so there is no GPU to build for", got=asked, want="a GPU",
+            next=advice,
+        )  # fmt: skip
+    return UsageError(
+        "these targets need no engines of their own", got=names, want="a GPU of dcc targets", next=advice
+    )
+
+
 def check_destination(destination: Path) -> None:
     """Fail before the work is done, not after."""
     folder = destination.parent
     if destination.is_dir():
-        raise ExportError("the output is a directory", at=destination, want="the name of a file")
+        want = "the name of a file"
+        raise ExportError("the output is a directory", at=destination, want=want, next="add a file name")
     if not folder.is_dir():
         raise ExportError("the output folder does not exist", at=folder, next=f"mkdir -p {folder}")
     probe = folder / f".{os.getpid():x}.dcc-writable"

@@ -81,6 +81,7 @@ class ArtifactExtension:
             os.fsync(file.fileno())
             self._check()
             file.close()
+            self._check_source()
             self._temporary.replace(self.output)
         self._finished = True
         sync_folder(self.output.parent)
@@ -91,7 +92,7 @@ class ArtifactExtension:
         table = self._artifact.manifest["members"]
         self._table = {member.name: table[member.name] for member in kept}
         self._file = self._temporary.open("x+b")
-        with Path(self._artifact.path).open("rb") as source:
+        with self._artifact.reopened() as source:
             for member in kept:
                 self._copy(source, member)
 
@@ -125,6 +126,17 @@ class ArtifactExtension:
             raise ExportError(
                 f"the artifact would be refused by the reader: {error.what}", at=error.details.get("at"),
                 got=error.details.get("got"), want=error.details.get("want"), next="report this",
+            ) from error  # fmt: skip
+
+    def _check_source(self) -> None:
+        """The artifact is still the one that was opened: what somebody else put in its place is not written over."""
+        try:
+            with self._artifact.reopened():
+                return
+        except ArtifactError as error:
+            raise ExportError(
+                "the artifact was changed while this was made of it", at=self._artifact.path, got=error.what,
+                want="one dcc build at a time", next="run this again: engines that were built are in the cache",
             ) from error  # fmt: skip
 
     def _discard(self) -> None:

@@ -105,7 +105,7 @@ class Artifact:
         if check not in get_args(Check):
             raise UsageError("an artifact cannot be checked this way", got=check, want=", ".join(get_args(Check)))
         real = _real_path(path)
-        with _opened(real) as file:
+        with _opened(real) as file, _located(real):
             status = os.fstat(file.fileno())
             members = read_members(file, status.st_size)
             manifest = read_manifest(_read_manifest_bytes(file, members))
@@ -136,7 +136,7 @@ class Artifact:
         entry = self._member(member)
         if member == MANIFEST_MEMBER:
             raise _damaged("the manifest has no hash of its own", at=member, next="use Artifact.manifest")
-        with self._reopened() as file:
+        with self.reopened() as file:
             file.seek(entry.data)
             data = file.read(entry.size)
         if hashlib.sha256(data).hexdigest() != self.manifest["members"][member]["sha256"]:
@@ -147,7 +147,7 @@ class Artifact:
         """A weight as a read-only view of the file, nothing copied; bfloat16 comes as its bits in uint16."""
         spec = self._weight(name)
         if self._map is None:
-            with self._reopened() as file:
+            with self.reopened() as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         dtype = np.dtype(_NUMPY_NAMES.get(spec.dtype, spec.dtype)).newbyteorder("<")
         count = spec.nbytes // dtype.itemsize
@@ -210,7 +210,8 @@ class Artifact:
         return self._engines[name]
 
     @contextmanager
-    def _reopened(self) -> Iterator[BinaryIO]:
+    def reopened(self) -> Iterator[BinaryIO]:
+        """The file, to be read. Raises ArtifactError where it is no longer the one that was checked."""
         with _opened(self.path) as file:
             if _identity(os.fstat(file.fileno())) != self._identity:
                 raise _damaged(
@@ -239,6 +240,16 @@ def _opened(path: str) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+@contextmanager
+def _located(path: str) -> Iterator[None]:
+    """An error that does not say where it is names the file."""
+    try:
+        yield
+    except ArtifactError as error:
+        error.details = {"at": shown(path, 400), **error.details}
+        raise
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -145,6 +145,26 @@ class OnnxRuntimeBackend:
 
     def _create(self, engine: str) -> Any:
         ort = _onnxruntime()
+        # What is wrong with the artifact is not what ONNX Runtime refuses.
+        model, options = self.model(engine), self._session_options(engine)
+        try:
+            session = ort.InferenceSession(model, options, providers=self._providers())
+        except Exception as error:  # ONNX Runtime raises its own family of types
+            raise ExecutionError(
+                "ONNX Runtime refuses an engine of the artifact", at=engine, got=str(error).splitlines()[0][:300],
+                want=f"a model for opset 23; this is onnxruntime {ort.__version__}",
+                next="upgrade onnxruntime, or compile the model again with this version",
+            ) from error  # fmt: skip
+        if self._cuda_device is not None and CUDA_PROVIDER not in session.get_providers():
+            # ONNX Runtime only warns, and would run on the processor.
+            raise ExecutionError(
+                "ONNX Runtime cannot use the GPU", at=engine, got=", ".join(session.get_providers()),
+                want=CUDA_PROVIDER, next="check that CUDA and cuDNN of onnxruntime-gpu's version are installed",
+            )  # fmt: skip
+        return session
+
+    def _session_options(self, engine: str) -> Any:
+        ort = _onnxruntime()
         options = ort.SessionOptions()
         # Once the process has a common pool, ONNX Runtime refuses sessions with pools of their own.
         shared = self._shared_pool or _pool_ready
@@ -169,21 +189,7 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry(key, value)
         if not self._optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            session = ort.InferenceSession(self.model(engine), options, providers=self._providers())
-        except Exception as error:  # ONNX Runtime raises its own family of types
-            raise ExecutionError(
-                "ONNX Runtime refuses an engine of the artifact", at=engine, got=str(error).splitlines()[0][:300],
-                want=f"a model for opset 23; this is onnxruntime {ort.__version__}",
-                next="upgrade onnxruntime, or compile the model again with this version",
-            ) from error  # fmt: skip
-        if self._cuda_device is not None and CUDA_PROVIDER not in session.get_providers():
-            # ONNX Runtime only warns, and would run on the processor.
-            raise ExecutionError(
-                "ONNX Runtime cannot use the GPU", at=engine, got=", ".join(session.get_providers()),
-                want=CUDA_PROVIDER, next="check that CUDA and cuDNN of onnxruntime-gpu's version are installed",
-            )  # fmt: skip
-        return session
+        return options
 
     def _providers(self) -> list[Any]:
         processor = "CPUExecutionProvider"
