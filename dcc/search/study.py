@@ -97,7 +97,7 @@ def seeds(subject: Subject) -> list[Schedule]:
     for share in (0.75, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2):
         count = max(1, round(share * calls))
         with suppress(Declined):
-            found += [OptimalSteps(computed=count, trust=trust).propose(subject) for trust in (0.5, 1.0)]
+            found.append(OptimalSteps(computed=count).propose(subject))
     for count in (2, 3, 4, 5):
         with suppress(Declined):
             found.append(TaylorSeer(interval=count, order=1, first_enhance=1, stores="delta").propose(subject))
