@@ -92,7 +92,8 @@ class ArtifactExtension:
         table = self._artifact.manifest["members"]
         self._table = {member.name: table[member.name] for member in kept}
         self._file = self._temporary.open("x+b")
-        with self._artifact.reopened() as source:
+        # Inside, because a disk that is full is no fault of the artifact that is read.
+        with self._artifact.reopened() as source, self._reported():
             for member in kept:
                 self._copy(source, member)
 

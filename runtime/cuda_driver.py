@@ -47,8 +47,8 @@ class CudaDriver:
             missing = not driver
             return DeviceError(
                 "there is no NVIDIA driver" if missing else "the NVIDIA driver is too old", at=at or name,
-                got="none" if missing else f"a driver for CUDA {_version(driver)}",
-                want=f"a driver for CUDA {self.version} or newer",
+                got=None if missing else f"a driver for CUDA {_version(driver)}",
+                want=None if missing else f"a driver for CUDA {self.version} or newer",
                 next="run on a machine with an NVIDIA GPU, or on the processor with backend onnxruntime"
                 if missing else f"update the driver, or install a cuda-python for CUDA {_version(driver)}",
             )  # fmt: skip

@@ -66,7 +66,7 @@ def place(layers: Sequence[Layer], wanted: str, gpu: Callable[[], Gpu], missing:
     except DeviceError as error:
         if wanted != AUTO:
             raise
-        return Placement(PROCESSOR, None, True, "the processor", reason_of(error))
+        return Placement(PROCESSOR, None, True, "the processor", reason_of(error, ("got", "want")))
     backends = BACKENDS if wanted == AUTO else (wanted,)
     pairs = [(layer, backend) for layer in layers for backend in backends]
     reasons: list[str] = []
@@ -83,10 +83,9 @@ def place(layers: Sequence[Layer], wanted: str, gpu: Callable[[], Gpu], missing:
     return _refused(wanted, found, "; ".join(dict.fromkeys(reasons)))
 
 
-def reason_of(error: DccError) -> str:
-    """An error in one line: what, and what was got and wanted."""
-    details = [f"{name} {error.details[name]}" for name in ("got", "want", "next") if name in error.details]
-    return "; ".join([error.what, *details])
+def reason_of(error: DccError, names: Sequence[str] = ("got", "want", "next")) -> str:
+    """An error in one line: what, and these details of it."""
+    return "; ".join([error.what, *(f"{name} {error.details[name]}" for name in names if name in error.details)])
 
 
 def _refused(wanted: str, gpu: Gpu, why: str) -> Placement:

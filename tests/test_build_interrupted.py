@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import signal
 import subprocess
@@ -71,6 +72,21 @@ def test_an_interrupt_anywhere_leaves_the_artifact_as_it_was(
         assert [item.name for item in path.parent.iterdir()] == [path.name]
     add_layers(path, [H100], options=UNCHECKED)
     assert names(path) == ["tensorrt-float16-sm90"]
+
+
+@pytest.mark.parametrize("where", ["_copy", "_write"])
+def test_a_full_disk_is_said_and_leaves_the_artifact_as_it_was(
+    where: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = digest(path)
+    monkeypatch.setattr(ArtifactExtension, where, full)
+    with pytest.raises(ExportError, match="the artifact cannot be written") as caught:
+        add_layers(path, [H100], options=UNCHECKED)
+    assert caught.value.details["got"] == "No space left on device" and "space" in caught.value.details["next"]
+    assert digest(path) == before and [item.name for item in path.parent.iterdir()] == [path.name]
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_the_artifact_as_it_was(path: Path) -> None:
