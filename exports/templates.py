@@ -27,6 +27,7 @@ from dcc.exports.attention_layout import attend_unsplit, known_sizes
 from dcc.ir.graph import BATCH, DTYPES, dtype_of, outputs_of, shape_of
 
 OPSET = 23
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,29 @@ def _side_by_side(
         for node in module.graph.nodes:
             if node.op == "call_function":
                 copies[node] = graph.node_copy(node, copies.__getitem__)
+                _widen_mask(node, copies[node], graph)
         for index, node in enumerate(outputs_of(module.graph)):
             results.append(copies[node])
             names.append(f"t{number}_o{index}")
     graph.output(tuple(results))
     return graph, inputs, dynamic, ([node.name for node in graph.nodes if node.op == "placeholder"], names)
+
+
+def _widen_mask(node: Node, copy: Node, graph: Graph) -> None:
+    """A mask that is the same for all queries is given to each: ONNX Runtime's attention does not broadcast it."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return
+    mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+    if not isinstance(mask, Node):
+        return
+    queries, shape = shape_of(node.all_input_nodes[0])[-2], shape_of(mask)
+    if len(shape) < 2 or shape[-2] != 1 or queries == 1:
+        return
+    given = copy.kwargs.get("attn_mask", copy.args[3] if len(copy.args) > 3 else None)
+    assert isinstance(given, Node)
+    with graph.inserting_before(copy):
+        sizes = [-1] * (len(shape) - 2) + [queries, -1]
+        copy.replace_input_with(given, graph.call_function(aten.expand.default, (given, sizes)))
 
 
 def _export(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ import zoo
 from compiled import NULLS, SAMPLERS, STEPS, relative_difference, write_artifact
 from random_graphs import Sketch, aten, random_inputs
 
+from dcc.frontend.families import PixArtAdapter
+from dcc.frontend.trace import trace
 from dcc.ir.interpret import run_graph
 from dcc.runtime import load
 from dcc.tolerances import TOLERANCE
@@ -49,9 +53,29 @@ def test_forward_equals_eager(name: str, artifact: Callable, model: Callable) ->
         assert relative_difference(got, wanted) <= LIMIT.forward
 
 
-def scheduler_of(name: str) -> Any:
-    import diffusers
+def test_a_mask_of_text_tokens_reaches_every_query(tmp_path: Path) -> None:
+    """As diffusers gives it to PixArt: one row of keys for all image tokens, different for each image."""
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=16, sample_size=8, patch_size=2, caption_channels=12, use_additional_conditions=False,
+    )  # fmt: skip
+    module = PixArtAdapter(zoo.randomise_constants(transformer)).eval()
+    mask = torch.ones(2, 6)
+    mask[0, 4:] = 0
+    example = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([500.0, 20.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 12), "encoder_attention_mask": mask,
+    }  # fmt: skip
+    roles = dict.fromkeys(example, "condition") | {"hidden_states": "latent", "timestep": "timestep"}
+    write_artifact(trace(module, dict(example), roles, name="masked", rows=4), tmp_path / "masked.dcc")
+    with torch.no_grad():
+        wanted, unmasked = (module(**{**example, "encoder_attention_mask": m}).numpy() for m in (mask, mask * 0 + 1))
+    got = load(tmp_path / "masked.dcc").denoise(**{key: value.numpy() for key, value in example.items()})
+    assert relative_difference(got, wanted) <= LIMIT.forward < relative_difference(unmasked, wanted)
 
+
+def scheduler_of(name: str) -> Any:
     sampler, options = SAMPLERS.get(name, ("ddim", {}))
     kinds = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "flow-euler": "FlowMatchEulerDiscreteScheduler"}
     return getattr(diffusers, kinds[sampler])(**options)
