@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "build", "compile", "search"]
 
 if TYPE_CHECKING:
-    from dcc.build import build
+    from dcc.build_layers import build
     from dcc.driver import compile
     from dcc.search import search
 
 
 def __getattr__(name: str) -> Any:
     if name == "build":
-        from dcc.build import build
+        from dcc.build_layers import build
 
         return build
     if name == "compile":

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dcc import build as build_module
+from dcc import build_layers as build_module
 from dcc import cli
-from dcc.build import build
+from dcc.build_layers import build
 from dcc.errors import ArtifactError, ExportError, UsageError
 from dcc.exports.artifact_extension import ArtifactExtension
 from dcc.layers import BuildOptions, LayerRequest, add_layers

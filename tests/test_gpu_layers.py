@@ -15,7 +15,7 @@ import pytest
 
 from dcc import cli
 from dcc import layers as layers_module
-from dcc.build import build
+from dcc.build_layers import build
 from dcc.cost_model.local_device import Device
 from dcc.cost_model.targets import targets_named
 from dcc.errors import ArtifactError, ExportError, UsageError

@@ -175,3 +175,13 @@ def test_a_linked_package_refuses_its_bare_name(name: str) -> None:
     )
     assert result.returncode == 1
     assert f"ImportError: import this package as dcc.{name}" in result.stderr
+
+
+def test_verbs_stay_functions_whatever_was_imported() -> None:
+    """A module of the verb's name would take its place as soon as anything imported it."""
+    code = (
+        "import pkgutil, importlib, dcc; "
+        "[importlib.import_module(item.name) for item in pkgutil.iter_modules(dcc.__path__, 'dcc.')]; "
+        "assert all(callable(getattr(dcc, name)) for name in dcc.__all__ if name != '__version__')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

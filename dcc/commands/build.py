@@ -25,7 +25,7 @@ def build(
 ) -> None:
     """Add engines for TARGET to MODEL.dcc. The model is not needed, and layers that are there keep their bytes."""
     with Stages(verbose) as stages, stdout_reserved():
-        from dcc.build import build as build_layers
+        from dcc.build_layers import build as build_layers
 
         stages(f"making layers for {target}")
         made = build_layers(
