@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from dcc.build import check_destination
+from dcc.build_layers import check_destination
 from dcc.cost_model.targets import Target, dtype_for, targets_named
 from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
