@@ -19,6 +19,7 @@ from dcc.build_layers import check_destination
 from dcc.cost_model.targets import Target, dtype_for, targets_named
 from dcc.errors import DccError, ExportError, UsageError
 from dcc.exports.artifact_writer import ArtifactWriter
+from dcc.exports.compose import EngineBody
 from dcc.exports.lower import GRANULARITIES, lower
 from dcc.frontend.load import LoadedModel
 from dcc.frontend.schedules import PLACEMENTS
@@ -32,7 +33,7 @@ from dcc.runtime.loading import load_on_processor
 from dcc.tolerances import TOLERANCE
 
 if TYPE_CHECKING:
-    from dcc.layers import LayerRequest
+    from dcc.layers import LayerRequest, Networks
     from dcc.runtime.layers import Layer
     from dcc.search.choose import Chosen
 
@@ -41,6 +42,7 @@ DEFAULT_BUDGET = 200
 # Schedules are tried out, measured and predicted on this machine, whatever the artifact is for.
 PROCESSOR = "cpu"
 DEFAULT_IMAGES = 16
+LOWERINGS = ("onnx", "torch-tensorrt")
 
 ProgressReport = Callable[[str], None]
 
@@ -79,6 +81,7 @@ def compile(
     target: str = "cpu",
     dtype: str | None = None,
     backend: str | None = None,
+    lowering: str = "onnx",
     example_inputs: Mapping[str, Tensor] | None = None,
     roles: Mapping[str, str] | None = None,
     arch: str | None = None,
@@ -106,8 +109,9 @@ def compile(
     """An artifact at `output` that samples, without torch, what the model samples.
 
     `target` is one or more of `dcc targets`, with commas between them: the artifact runs on a processor in any case,
-    and has engines in `dtype` (by default the target's own) for the `backend` of each GPU. `engine_cache` keeps built
-    engines for the next compile.
+    and has engines in `dtype` (by default the target's own) for the `backend` of each GPU. `lowering` makes their
+    networks: `onnx`, or `torch-tensorrt` where every backend is tensorrt-rtx. `engine_cache` keeps built engines for
+    the next compile.
 
     `model` is a module, an ExportedProgram, or anything `dcc.frontend.load` reads; `Source` says more of the sampler
     and guidance. `opt_level` 0 traces and lowers, 1 runs the exact passes, 2 adds a calibrated schedule within
@@ -120,7 +124,7 @@ def compile(
     """
     _check_options(opt_level, granularity, max_batch, guidance)
     targets = targets_named(target)
-    requests = _layers_for(targets, dtype, backend)
+    requests = _layers_for(targets, dtype, backend, lowering)
     _check_schedule_options(opt_level, require, schedule, pick, transfer, budget, images)
     clock = StageClock(progress)
     destination = Path(output)
@@ -134,7 +138,8 @@ def compile(
     digest, parameters = program.hash(), loaded.parameters
     table, guide = program.sampler, program.guidance
     recipe = {
-        "source": loaded.source, "target": target, "dtype": dtype, "backend": backend, "opt_level": opt_level,
+        "source": loaded.source, "target": target, "dtype": dtype, "backend": backend, "lowering": lowering,
+        "opt_level": opt_level,
         "sampler": None if table is None else table.name, "steps": None if table is None else table.steps,
         "guidance": guide.mode, "guidance_scale": guide.scale, "granularity": granularity, "require": require,
         **source.recipe(),
@@ -153,8 +158,9 @@ def compile(
                 )  # fmt: skip
             program.schedule = chosen.schedule
             program.reports.append(chosen.report)
+        bodies: dict[str, EngineBody] = {}
         with clock("lowering"), ArtifactWriter(partial) as writer:
-            plan = lower(program, writer, granularity, templates=None if chosen is None else chosen.templates)
+            plan = lower(program, writer, granularity, templates=chosen.templates if chosen else None, bodies=bodies)
             writer.add_member("program.txt", program_text(program, costs=True).encode())
             if program.schedule is not None:
                 writer.add_member("schedule.json", json.dumps(program.schedule.to_json()).encode())
@@ -167,9 +173,10 @@ def compile(
         predictions = predict_targets(partial, program, targets, dtype, min(images, max_batch))
         layers: list[Layer] = []
         if requests:
+            networks = _networks(lowering, program, bodies)
             # What builds the engines needs the memory.
-            del prepared, program, loaded
-            layers = _add_layers(partial, requests, engine_cache, predictions, clock, progress)
+            del prepared, program, loaded, bodies
+            layers = _add_layers(partial, requests, networks, engine_cache, predictions, clock, progress)
         partial.replace(destination)
     except OSError as failure:
         raise ExportError(
@@ -186,31 +193,65 @@ def compile(
     )  # fmt: skip
 
 
-def _layers_for(targets: Sequence[Target], dtype: str | None, backend: str | None) -> list[LayerRequest]:
+def _layers_for(targets: Sequence[Target], dtype: str | None, backend: str | None, lowering: str) -> list[LayerRequest]:
     """What the targets ask for beside the portable layer, which can be built here, and nothing that cannot."""
+    if lowering not in LOWERINGS:
+        raise UsageError(f"unknown lowering '{lowering}'", want=" or ".join(LOWERINGS))
     if all(target.capability is None for target in targets):
         for target in targets:
             dtype_for(target, dtype)
             if backend not in (None, *target.backends):
                 want = ", ".join(target.backends)
                 raise UsageError(f"the target '{target.name}' has no backend {backend}", want=want)
+        if lowering != "onnx":
+            names = ", ".join(target.name for target in targets)
+            raise UsageError(
+                f"--lowering {lowering} makes engines for GPUs", got=f"target {names}",
+                want="a target whose backend is tensorrt-rtx, such as a100", next="leave --lowering out",
+            )  # fmt: skip
         return []
     from dcc.layers import layer_requests, library_for
 
     requests = layer_requests(targets, dtype, backend)
+    if lowering != "onnx":
+        _check_lowering(lowering, requests)
     for request in requests:
         library_for(request)
     return requests
 
 
+def _check_lowering(lowering: str, requests: Sequence[LayerRequest]) -> None:
+    """Raises a DccError where this lowering cannot make the engines here and now."""
+    for request in requests:
+        if request.backend != "tensorrt-rtx":
+            raise UsageError(
+                f"--lowering {lowering} cannot serve the backend {request.backend}, which works from ONNX graphs where"
+                " the artifact is loaded", at=f"target {', '.join(request.targets)}",
+                want="targets whose backend is tensorrt-rtx", next="leave --lowering out, or these targets",
+            )  # fmt: skip
+    from dcc.exports.torch_tensorrt_lowering import check_installed
+
+    check_installed()
+
+
+def _networks(lowering: str, program: Program, bodies: Mapping[str, EngineBody]) -> Networks | None:
+    """What makes the networks of the engines in place of TensorRT's ONNX parser; None where that does."""
+    if lowering == "onnx":
+        return None
+    from dcc.exports.torch_tensorrt_lowering import TorchTensorRt
+
+    return TorchTensorRt(program, bodies)
+
+
 def _add_layers(
-    path: Path, requests: Sequence[LayerRequest], engine_cache: bool, predictions: list[dict[str, Any]],
-    clock: StageClock, progress: ProgressReport,
+    path: Path, requests: Sequence[LayerRequest], networks: Networks | None, engine_cache: bool,
+    predictions: list[dict[str, Any]], clock: StageClock, progress: ProgressReport,
 ) -> list[Layer]:  # fmt: skip
     from dcc.layers import BuildOptions, add_layers, default_workers
     from dcc.runtime.engine_cache import EngineCache, default_folder
 
-    options = BuildOptions(default_workers(), EngineCache(default_folder()) if engine_cache else None)
+    cache = EngineCache(default_folder()) if engine_cache else None
+    options = BuildOptions(default_workers(), cache, networks=networks)
     with clock("making layers for " + ", ".join(name for request in requests for name in request.targets)):
         return add_layers(path, requests, options=options, told=progress, report={"predictions": predictions})
 

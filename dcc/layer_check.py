@@ -25,6 +25,7 @@ from dcc.runtime.workspace import Workspace
 from dcc.tolerances import TOLERANCE
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Function = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class LayerCheck:
 
     engines: dict[str, float]
     forward: float
+
+    def worst(self, other: LayerCheck) -> LayerCheck:
+        """The larger difference of each engine and of a forward."""
+        names = sorted({*self.engines, *other.engines})
+        engines = {name: max(self.engines.get(name, 0.0), other.engines.get(name, 0.0)) for name in names}
+        return LayerCheck(engines, max(self.forward, other.forward))
 
 
 def check_layer(artifact: Artifact, dtype: str, graph: Callable[[str], bytes]) -> LayerCheck:
@@ -46,15 +53,23 @@ def check_layer(artifact: Artifact, dtype: str, graph: Callable[[str], bytes]) -
         model = graph(engine)
         return rounded(onnx.load_model_from_string(model), dtype).SerializeToString()
 
-    compared = _ComparingBackend(artifact, runnable)
+    return _checked(artifact, dtype, lambda: _TypedBackend(artifact, runnable))
+
+
+def check_functions(artifact: Artifact, dtype: str, function: Callable[[str], Function]) -> LayerCheck:
+    """The same for engines that are functions of arrays, `function(engine)`, which round for themselves."""
+    return _checked(artifact, dtype, lambda: _FunctionBackend(artifact, function))
+
+
+def _checked(artifact: Artifact, dtype: str, typed: Callable[[], OnnxRuntimeBackend]) -> LayerCheck:
+    compared = _ComparingBackend(artifact, typed())
     loaded = LoadedArtifact(artifact, compared)
     inputs = _random_inputs(artifact, loaded.sampler)
     exact = loaded.denoise(**inputs)
     if loaded.sampler is not None:
         _run_every_program(artifact, compared, loaded.sampler, inputs)
     compared.forget()
-    typed = _TypedBackend(artifact, runnable)
-    got = LoadedArtifact(artifact, typed).denoise(**inputs)
+    got = LoadedArtifact(artifact, typed()).denoise(**inputs)
     found = LayerCheck(dict(sorted(compared.errors.items())), difference(got, exact))
     limit = TOLERANCE[dtype].forward
     worst = max(found.engines, key=lambda name: found.engines[name])
@@ -78,12 +93,36 @@ class _TypedBackend(OnnxRuntimeBackend):
         return self._graph(engine)
 
 
+class _FunctionBackend(OnnxRuntimeBackend):
+    """Runs functions in place of the artifact's engines."""
+
+    def __init__(self, artifact: Artifact, function: Callable[[str], Function]) -> None:
+        super().__init__(artifact, low_memory=True)
+        self._function = function
+
+    def bind(self, engine: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+        return _Called(self._function(engine), inputs, outputs)
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A function bound to arrays."""
+
+    function: Function
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+    def run(self) -> None:
+        for name, made in self.function(self.inputs).items():
+            np.copyto(self.outputs[name], made, casting="no")
+
+
 class _ComparingBackend(OnnxRuntimeBackend):
     """Runs the artifact's engines; each time the typed one runs on the same inputs, its difference is noted."""
 
-    def __init__(self, artifact: Artifact, graph: Callable[[str], bytes]) -> None:
+    def __init__(self, artifact: Artifact, typed: OnnxRuntimeBackend) -> None:
         super().__init__(artifact, low_memory=True)
-        self._typed = _TypedBackend(artifact, graph)
+        self._typed = typed
         self.errors: dict[str, float] = {}
 
     def bind(self, engine: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:

@@ -6,15 +6,15 @@ layers that are there keep their bytes.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 
@@ -23,18 +23,25 @@ from dcc.cost_model.targets import Target, dtype_for
 from dcc.errors import ExportError, UsageError
 from dcc.exports.artifact_extension import ArtifactExtension
 from dcc.exports.engine_workers import build_all
-from dcc.exports.precision import REDUCED, Typed, strongly_typed
-from dcc.exports.typed_graphs import linked, with_weights_in_file
+from dcc.exports.precision import REDUCED, strongly_typed
+from dcc.exports.typed_graphs import linked
 from dcc.exports.update_engines import update_engines
-from dcc.layer_check import LayerCheck, check_layer
+from dcc.layer_check import Function, LayerCheck, check_functions, check_layer
+from dcc.layer_summary import Built, TypedEngine, layer_records, layer_summary
 from dcc.runtime.artifact import EXTERNAL_LOCATION_PLACEHOLDER, Artifact, external_location
 from dcc.runtime.device_engines import engine_specs, profile_rows
 from dcc.runtime.engine_cache import EngineCache
 from dcc.runtime.layers import Layer
-from dcc.runtime.network_record import NetworkRecord, check_network, layer_counts
-from dcc.runtime.plan import EngineSpec, Plan
+from dcc.runtime.network_record import check_network
+from dcc.runtime.plan import Plan
 from dcc.runtime.sampler import SamplerTable
-from dcc.runtime.tensorrt_builder import BuildCost, BuilderOptions, BuildRequest, TensorRt, check_capabilities
+from dcc.runtime.tensorrt_builder import (
+    BuilderOptions,
+    BuildRequest,
+    BuiltEngine,
+    TensorRt,
+    check_capabilities,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 WEIGHT_PREFIX = "w/"
@@ -61,14 +68,37 @@ class LayerRequest:
         return "-".join((self.backend, self.dtype, *(f"sm{capability}" for capability in self.capabilities)))
 
 
+class Networks(Protocol):
+    """Another way to the networks of a plan's engines than TensorRT's ONNX parser: `TorchTensorRt` is one."""
+
+    name: str
+    version: str
+
+    def function(self, engine: str, dtype: str) -> Function: ...
+
+    def build_all(
+        self, requests: Sequence[BuildRequest], dtype: str, library: TensorRt, told: Callable[[str, float], None],
+        cache: EngineCache | None,
+    ) -> Generator[BuiltEngine, None, None]: ...  # fmt: skip
+
+
 @dataclass
 class BuildOptions:
-    """How engines are built. `check` runs every graph on this machine's processor first."""
+    """How engines are built. `check` runs every graph on this machine's processor first.
+
+    With `networks` the plan's engines are made of its networks, and update engines of ONNX models still. Layers then
+    must have engines that are built here; the ONNX graphs are in them all the same.
+    """
 
     workers: int = 1
     cache: EngineCache | None = None
     builder: BuilderOptions = field(default_factory=BuilderOptions)
     check: bool = True
+    networks: Networks | None = None
+
+    @property
+    def lowering(self) -> str:
+        return "onnx" if self.networks is None else f"{self.networks.name} {self.networks.version}"
 
 
 def layer_requests(
@@ -129,7 +159,7 @@ def add_layers(
     """
     options = options or BuildOptions()
     artifact = Artifact.open(path)
-    covered = {request: found for request in requests if (found := _covering(artifact, request)) is not None}
+    covered = {request: found for request in requests if (found := _covering(artifact, request, options)) is not None}
     requests = [request for request in requests if request not in covered]
     names = {request.name for request in requests}
     replaced = [layer for layer in artifact.layers if layer.name in names]
@@ -156,57 +186,24 @@ def add_layers(
                 graphs, {}, "", {"reason": request.reason},
             )  # fmt: skip
             library = libraries[request.backend]
-            built: dict[str, _Built] = {}
+            built: dict[str, Built] = {}
             if library is not None:
                 layer, built = _with_engines(layer, request, library, artifact.plan, typed, extension, options, told)
-            summary = _summary(request, typed, built, checks[request.name], options)
+            problem = None if options.cache is None else options.cache.problem
+            summary = layer_summary(typed, built, checks[request.name]) | {
+                "reason": request.reason, "cache_problem": problem, "lowering": options.lowering,
+            }  # fmt: skip
             records = f"layers/{request.name}/records.json"
-            extension.add_member(records, _records(typed, built))
+            extension.add_member(records, layer_records(typed, built))
             made.append(replace(layer, records=records, summary=summary))
         extension.finish({
             "layers": [layer.to_json() for layer in (*kept, *made)],
             "report": {**(artifact.manifest["report"] or {}), **(report or {})},
             "tools": artifact.manifest["tools"] | {"onnx": onnx.__version__}
-            | {name: library.version for name, library in libraries.items() if library is not None},
+            | {name: library.version for name, library in libraries.items() if library is not None}
+            | ({} if options.networks is None else {options.networks.name: options.networks.version}),
         })  # fmt: skip
     return made
-
-
-@dataclass(frozen=True)
-class _TypedEngine:
-    """An engine of the plan in the layer's type, or an update engine: float32 throughout, without weights."""
-
-    spec: EngineSpec
-    typed: Typed | None
-    graph: bytes
-
-    def buildable(self, weights: Path) -> bytes:
-        """The model as builders take it, its large weights in the file."""
-        return self.graph if self.typed is None else with_weights_in_file(self.typed, weights).SerializeToString()
-
-    def facts(self) -> dict[str, Any]:
-        """What people ask of the graph."""
-        if self.typed is None:
-            operations = [node.op_type for node in onnx.load_model_from_string(self.graph).graph.node]
-            return {
-                "nodes": {"float32": len(operations)}, "casts": operations.count("Cast"), "overflows": 0,
-                "float32": {"the sampler's update": len(operations)}, "reduced": 0, "weight_bytes": 0,
-            }  # fmt: skip
-        record = self.typed.record
-        return {
-            "nodes": record.nodes, "casts": len(record.casts), "overflows": len(record.overflows),
-            "float32": {rule: len(nodes) for rule, nodes in record.float32.items()}, "reduced": record.reduced,
-            "weight_bytes": record.weight_bytes,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What is remembered of an engine whose bytes are in the file."""
-
-    size: int
-    record: NetworkRecord
-    cost: BuildCost
 
 
 def library_for(request: LayerRequest) -> TensorRt | None:
@@ -225,9 +222,12 @@ def library_for(request: LayerRequest) -> TensorRt | None:
     return TensorRt.find("tensorrt") if request.backend == "tensorrt" and request.device else None
 
 
-def _covering(artifact: Artifact, request: LayerRequest) -> Layer | None:
-    """A layer of the artifact that serves the request: of the same kind, for its capabilities and more."""
-    for layer in artifact.layers:
+def _covering(artifact: Artifact, request: LayerRequest, options: BuildOptions) -> Layer | None:
+    """A layer of the artifact that serves the request: of the same kind, for its capabilities and more.
+
+    Who asks for networks of another kind asks for them to be made.
+    """
+    for layer in artifact.layers if options.networks is None else ():
         same = (layer.backend, layer.dtype, layer.device) == (request.backend, request.dtype, request.device)
         missing = not set(request.targets) <= set(layer.targets)
         if same and missing and layer.engines and set(request.capabilities) <= set(layer.capabilities):
@@ -240,7 +240,7 @@ def _also_for(layer: Layer, covered: Mapping[LayerRequest, Layer]) -> Layer:
     return replace(layer, targets=tuple(dict.fromkeys((*layer.targets, *names))))
 
 
-def _typed_engines(artifact: Artifact, dtype: str) -> dict[str, _TypedEngine]:
+def _typed_engines(artifact: Artifact, dtype: str) -> dict[str, TypedEngine]:
     """The plan's engines in `dtype`; weights are read from the artifact when they are needed."""
     engines = {}
     real = external_location(Path(artifact.path).name)
@@ -249,22 +249,22 @@ def _typed_engines(artifact: Artifact, dtype: str) -> dict[str, _TypedEngine]:
         source = onnx.load_model_from_string(artifact.engine_model(spec.name))
         typed = strongly_typed(source, dtype, lambda name: artifact.map_weight(name.removeprefix(WEIGHT_PREFIX)))
         graph = linked(typed, source).SerializeToString().replace(real, placeholder)
-        engines[spec.name] = _TypedEngine(spec, typed, graph)
+        engines[spec.name] = TypedEngine(spec, typed, graph)
     return engines | _update_engines(artifact)
 
 
-def _update_engines(artifact: Artifact) -> dict[str, _TypedEngine]:
+def _update_engines(artifact: Artifact) -> dict[str, TypedEngine]:
     """The loop between the forwards; nothing where the artifact has no sampler."""
     table = artifact.manifest["sampler"]
     if table is None:
         return {}
     loop, models = update_engines(artifact.plan, SamplerTable.from_json(table), artifact.manifest["guidance"])
     specs = engine_specs(artifact.plan, loop)
-    return {name: _TypedEngine(specs[name], None, model) for name, model in models.items()}
+    return {name: TypedEngine(specs[name], None, model) for name, model in models.items()}
 
 
 def _checked(
-    artifact: Artifact, request: LayerRequest, typed: Mapping[str, _TypedEngine], done: Mapping[str, LayerCheck | None],
+    artifact: Artifact, request: LayerRequest, typed: Mapping[str, TypedEngine], done: Mapping[str, LayerCheck | None],
     requests: Sequence[LayerRequest], options: BuildOptions, told: Told,
 ) -> LayerCheck | None:  # fmt: skip
     """Graphs of one dtype are the same for all backends: they are checked once."""
@@ -276,31 +276,43 @@ def _checked(
     told(f"checking the {request.dtype} graphs on this processor")
     placeholder = EXTERNAL_LOCATION_PLACEHOLDER.encode("ascii")
     real = external_location(Path(artifact.path).name)
-    return check_layer(artifact, request.dtype, lambda name: typed[name].graph.replace(placeholder, real))
+    check = check_layer(artifact, request.dtype, lambda name: typed[name].graph.replace(placeholder, real))
+    networks = options.networks
+    if networks is None:
+        return check
+    told(f"checking the {request.dtype} graphs for {networks.name} on this processor")
+    return check.worst(check_functions(artifact, request.dtype, lambda name: networks.function(name, request.dtype)))
 
 
 def _with_engines(
-    layer: Layer, request: LayerRequest, library: TensorRt, plan: Plan, typed: Mapping[str, _TypedEngine],
+    layer: Layer, request: LayerRequest, library: TensorRt, plan: Plan, typed: Mapping[str, TypedEngine],
     extension: ArtifactExtension, options: BuildOptions, told: Told,
-) -> tuple[Layer, dict[str, _Built]]:  # fmt: skip
+) -> tuple[Layer, dict[str, Built]]:  # fmt: skip
     """The layer with its engines in the file; what is returned of them has no bytes."""
     members: dict[str, str] = {}
-    built: dict[str, _Built] = {}
+    built: dict[str, Built] = {}
     with _weights_folder() as folder:
-        builds = []
+        parsed: list[BuildRequest] = []
+        others: list[BuildRequest] = []
         for name, engine in typed.items():
-            model = engine.buildable(folder / f"{name}.weights")
+            through_onnx = options.networks is None or engine.typed is None
+            model = engine.buildable(folder / f"{name}.weights") if through_onnx else b""
             rows = profile_rows(plan, engine.spec)
-            builds.append(
-                BuildRequest(name, model, request.capabilities, rows, folder, options.builder, request.device)
-            )
+            build = BuildRequest(name, model, request.capabilities, rows, folder, options.builder, request.device)
+            (parsed if through_onnx else others).append(build)
         progress = _BuildProgress(request, len(typed), told)
-        with closing(build_all(builds, library, options.workers, progress, options.cache)) as engines:
-            for made in engines:
+        with ExitStack() as stack:
+            sources = [stack.enter_context(closing(
+                build_all(parsed, library, options.workers, progress, options.cache)
+            ))]  # fmt: skip
+            if options.networks is not None:
+                found = options.networks.build_all(others, request.dtype, library, progress, options.cache)
+                sources.insert(0, stack.enter_context(closing(found)))
+            for made in chain(*sources):
                 check_network(made.record, typed[made.name].spec)
                 members[made.name] = f"layers/{request.name}/{made.name}.engine"
                 extension.add_member(members[made.name], made.data)
-                built[made.name] = _Built(len(made.data), made.record, made.cost)
+                built[made.name] = Built(len(made.data), made.record, made.cost)
     return replace(layer, engines=members, version=library.version), built
 
 
@@ -332,40 +344,6 @@ def _weights_folder() -> Iterator[Path]:
             "engines cannot be built, because files cannot be written", at=tempfile.gettempdir(),
             got=error.strerror or error, next="free some space, or set TMPDIR to a folder that has it",
         ) from error  # fmt: skip
-
-
-def _summary(
-    request: LayerRequest, typed: Mapping[str, _TypedEngine], built: Mapping[str, _Built],
-    check: LayerCheck | None, options: BuildOptions,
-) -> dict[str, Any]:  # fmt: skip
-    """What people ask of a layer, engine by engine."""
-    engines = {}
-    for name, engine in typed.items():
-        engines[name] = engine.facts() | {"error": None if check is None else check.engines.get(name)}
-        if name in built:
-            result = built[name]
-            engines[name] |= {
-                "engine_bytes": result.size, "layers": len(result.record["layers"]),
-                "kinds": layer_counts(result.record), "attention": result.record["attention"],
-                "inputs": result.record["inputs"], "outputs": result.record["outputs"],
-                "profiles": result.record["profiles"], **asdict(result.cost),
-            }  # fmt: skip
-    return {
-        "reason": request.reason, "engines": engines, "forward_error": None if check is None else check.forward,
-        "cache_problem": None if options.cache is None else options.cache.problem,
-    }  # fmt: skip
-
-
-def _records(typed: Mapping[str, _TypedEngine], built: Mapping[str, _Built]) -> bytes:
-    """Every choice and every layer, for whoever wants to know."""
-    rows = {
-        name: {
-            "precision": None if engine.typed is None else engine.typed.record.to_json(),
-            "network": built[name].record if name in built else None,
-        }
-        for name, engine in typed.items()
-    }
-    return json.dumps(rows).encode()
 
 
 def default_workers() -> int:

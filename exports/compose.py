@@ -36,6 +36,19 @@ class StoredWeights:
     base: int
 
 
+@dataclass(frozen=True)
+class EngineBody:
+    """What an engine computes: operations, what they read from outside, and what leaves; with the ports' names."""
+
+    operations: tuple[Operation, ...]
+    inputs: Mapping[Value, TensorSpec]
+    outputs: Mapping[Value, TensorSpec]
+
+    def stages(self) -> list[str]:
+        """Names of the stages among the operations."""
+        return [operation.stage for operation in self.operations if operation.stage]
+
+
 def port_name(node: Node) -> str:
     return node.name
 

@@ -16,8 +16,8 @@ from torch.fx import Node
 
 from dcc.errors import ExportError, ScheduleError
 from dcc.exports.artifact_writer import ArtifactWriter
-from dcc.exports.compose import StoredWeights, compose, port_name, port_spec
-from dcc.exports.step_plan import StepPlan, StepPlanner
+from dcc.exports.compose import EngineBody, StoredWeights, compose, port_name, port_spec
+from dcc.exports.step_plan import StepEngine, StepPlan, StepPlanner
 from dcc.exports.templates import OnnxTemplate, export_templates
 from dcc.exports.unroll import EARLY, Operation, Value, step_stages, unroll
 from dcc.ir.graph import dtype_of, outputs_of, shape_of
@@ -38,6 +38,7 @@ class _Lowering:
     engines: list[EngineSpec] = field(default_factory=list)
     constants: list[ConstantSpec] = field(default_factory=list)
     extra: list[WeightSpec] = field(default_factory=list)
+    bodies: dict[str, EngineBody] = field(default_factory=dict)
 
     @property
     def stored(self) -> StoredWeights:
@@ -50,12 +51,13 @@ def lower(
     granularity: str = "step",
     progress: Progress = lambda _: None,
     templates: Mapping[str, OnnxTemplate] | None = None,
+    bodies: dict[str, EngineBody] | None = None,
 ) -> Plan:
     """The plan of the Program under its schedule; its engines and weights are in `writer`.
 
     Weights of components that no sampler call computes are left out. `templates` are those of the Program where they
-    have been exported before. Raises ScheduleError for a schedule that the
-    Program cannot follow.
+    have been exported before. `bodies` is given what each engine computes, for whoever lowers the same engines another
+    way. Raises ScheduleError for a schedule that the Program cannot follow.
     """
     if granularity not in GRANULARITIES:
         raise ExportError("unknown granularity", got=granularity, want=", ".join(GRANULARITIES))
@@ -68,7 +70,7 @@ def lower(
     if templates is None:
         progress(f"exporting {len(program.templates)} templates")
         templates = export_templates(program.templates)
-    lowering = _Lowering(program, writer, templates)
+    lowering = _Lowering(program, writer, templates, bodies={} if bodies is None else bodies)
     progress("writing weights")
     skipped = never_computed(program)
     for stage in program.stages:
@@ -144,6 +146,7 @@ def _early_calls(lowering: _Lowering, scope: Scope, stages: Sequence[Stage]) -> 
         )
         member = f"engines/{stage.name}.onnx"
         lowering.writer.add_member(member, model)
+        lowering.bodies[stage.name] = EngineBody((operation,), *specs)
         ports = tuple(specs[0].values()), tuple(specs[1].values())
         lowering.engines.append(EngineSpec(stage.name, str(scope), member, *ports, used))
         inputs = tuple(_early_reference(lowering.program, node) for node in stage.inputs)
@@ -165,6 +168,7 @@ def _step(lowering: _Lowering, granularity: str) -> StepPlan:
         member = f"engines/{name}.onnx"
         lowering.writer.add_member(member, engine.model)
         lowering.engines.append(EngineSpec(name, "step", member, engine.inputs, engine.outputs, engine.weights))
+        lowering.bodies[name] = _body(engine)
     step.programs = tuple(
         tuple(Call(names[call.engine], call.inputs, call.outputs) for call in program) for program in step.programs
     )
@@ -172,6 +176,18 @@ def _step(lowering: _Lowering, granularity: str) -> StepPlan:
         lowering.extra.append(lowering.writer.add_weight(name, value))
         lowering.constants.append(ConstantSpec(name, name, per_call=False, rows=False))
     return step
+
+
+def _body(engine: StepEngine) -> EngineBody:
+    """The engine's operations with its ports: values that are read and not made, and those that leave."""
+    made = dict.fromkeys(value for operation in engine.operations for value in operation.outputs)
+    read = dict.fromkeys(value for operation in engine.operations for value in operation.inputs)
+    inputs = [value for value in read if value not in made]
+    names = {spec.name for spec in engine.outputs}
+    # A kept value always leaves.
+    outputs = [value for value in made if not isinstance(value, Node) or value.name in names]
+    ports = zip(inputs, engine.inputs, strict=True), zip(outputs, engine.outputs, strict=True)
+    return EngineBody(engine.operations, *map(dict, ports))
 
 
 def _store_timestep_tables(lowering: _Lowering, stages: Sequence[Stage]) -> None:

@@ -23,6 +23,7 @@ def compile_model(
     target: options.TargetsOption = "cpu",
     dtype: options.DtypeOption = None,
     backend: options.BackendOption = None,
+    lowering: options.LoweringOption = "onnx",
     opt_level: Annotated[
         int,
         typer.Option(
@@ -68,8 +69,8 @@ def compile_model(
         from dcc.preparation import DEFAULT_GUIDANCE_SCALE
 
         report = compile(
-            model, output=output, target=target, dtype=dtype, backend=backend, roles=roles or None,
-            arch=arch, sampler=sampler, steps=steps,
+            model, output=output, target=target, dtype=dtype, backend=backend, lowering=lowering,
+            roles=roles or None, arch=arch, sampler=sampler, steps=steps,
             sampler_options=sampler_values, guidance=guidance,
             guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale, lora=files,
             opt_level=opt_level, require=require, schedule=schedule, pick=pick, transfer=transfer, budget=budget,
@@ -128,7 +129,7 @@ def schedule_rows(worth: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def layer_rows(layer: dict[str, Any]) -> list[tuple[str, str]]:
-    """A layer in two lines: what it is and why, and how far its graphs are from the exact ones."""
+    """A layer in a few lines: what it is and why, what lowered it, how far its graphs are from the exact ones."""
     engines, count = layer["summary"]["engines"], len(layer["graphs"])
     title = f"{layer['backend']} {layer['dtype']} for {', '.join(layer['targets'])}"
     if layer["engines"]:
@@ -141,6 +142,9 @@ def layer_rows(layer: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         text = f"{title}: {count} graphs; engines are built where the artifact is loaded"
     rows = [("layer", text), ("", layer["summary"]["reason"])]
+    if layer["engines"]:
+        # Artifacts made before there were two ways say nothing.
+        rows.append(("", f"networks by {layer['summary'].get('lowering', 'onnx')}"))
     error = layer["summary"]["forward_error"]
     if error is not None:
         worst = max(engine["error"] for engine in engines.values() if engine["error"] is not None)

@@ -32,6 +32,12 @@ BackendOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="tensorrt-rtx, tensorrt or onnxruntime-cuda (default: the target's first)."),
 ]
+LoweringOption = Annotated[
+    str,
+    typer.Option(
+        metavar="onnx|torch-tensorrt", help="How GPU engines get their networks (torch-tensorrt: tensorrt-rtx alone)."
+    ),
+]
 EngineCacheOption = Annotated[
     bool, typer.Option("--engine-cache/--no-engine-cache", help="Keep built engines for the next time.")
 ]
