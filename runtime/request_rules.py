@@ -92,12 +92,12 @@ class RequestRules:
         conditions = arrays_of(conditions, self._fetch)
         negative_conditions = arrays_of(negative_conditions or {}, self._fetch)
         noise = None if noise is None else array_of("noise", noise, self._fetch)
+        seed = self._seeds(seed)
         count = self._image_count(conditions, images, seed, noise)
         guided = scale != 1.0
         self._check_rows(count * (2 if guided else 1), count)
         shape = (count, *(int(size) for size in self.latent.shape[1:]))
-        seeds = seed if isinstance(seed, int | np.integer) else list(seed)
-        source = Noise(seeds, count, generator, self._threads)
+        source = Noise(seed, count, generator, self._threads)
         start = source.draw(shape[1:]) if noise is None else self._given_noise(noise, shape)
         rows = self._condition_rows(conditions, negative_conditions, count, guided)
         return Generation(count, scale, start, source, rows)
@@ -124,10 +124,25 @@ class RequestRules:
                     next="compile with --guidance cfg",
                 )  # fmt: skip
             return 1.0
-        value = float(self.guidance["scale"] if scale is None else scale)
+        try:
+            value = float(self.guidance["scale"] if scale is None else scale)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError("guidance_scale is not a number", got=repr(scale)[:100]) from error
         if not np.isfinite(value):
             raise UsageError("guidance_scale must be finite", got=value)
         return value
+
+    def _seeds(self, seed: Any) -> int | list[Any]:
+        """One seed, or a list of one per image."""
+        if isinstance(seed, int | np.integer):
+            return int(seed) if not isinstance(seed, bool) else seed
+        if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+            return list(seed)
+        if hasattr(seed, "__dlpack__"):
+            values = array_of("seed", seed, self._fetch).tolist()
+            return values if isinstance(values, list) else [values]
+        want = "an integer, or a list of one per image"
+        raise UsageError("a seed is not an integer", got=repr(seed)[:100], want=want)
 
     def _image_count(
         self, conditions: Mapping[str, Any], images: int | None, seed: int | Sequence[int], noise: Array | None
@@ -141,7 +156,7 @@ class RequestRules:
                 array = np.asarray(conditions[item.name])
                 if array.ndim == len(item.shape) and array.shape[0] != 1:
                     counts[item.name] = array.shape[0]
-        if not isinstance(seed, int | np.integer):
+        if not isinstance(seed, int):
             counts["seed"] = len(seed)
         if noise is not None and noise.ndim:
             counts["noise"] = noise.shape[0]

@@ -49,5 +49,7 @@ def array_of(name: str, value: Any, fetch: Fetch = no_device) -> Array:
 
 
 def arrays_of(values: Mapping[str, Any], fetch: Fetch = no_device) -> dict[str, Array]:
-    """`array_of` every value."""
+    """`array_of` every value. Raises UsageError where they have no names."""
+    if not isinstance(values, Mapping):
+        raise UsageError("inputs are given by name", got=type(values).__name__, want="{'name': value, ...}")
     return {str(name): array_of(str(name), value, fetch) for name, value in values.items()}

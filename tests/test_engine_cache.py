@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dcc.exports.cached_build import cached_engine
 from dcc.runtime.engine_cache import ABANDONED_SECONDS, EngineCache
+from dcc.runtime.tensorrt_builder import BuildRequest
 
 KEY = "0" * 64
 
@@ -53,6 +55,13 @@ def test_an_entry_that_is_whole_and_not_ours_is_none(tmp_path: Path) -> None:
     for body in (b"", b"no newline", b"no JSON\nbytes", b"[1]\nbytes"):
         (tmp_path / f"{KEY}.engine").write_bytes(hashlib.sha256(body).hexdigest().encode() + body)
         assert cache.get(KEY) is None
+
+
+def test_an_entry_of_another_version_is_built_again(tmp_path: Path) -> None:
+    cache, request = EngineCache(tmp_path), BuildRequest("step", b"", (80,))
+    for facts in ({}, {"record": {}, "cost": {"hours": 2}}, {"record": {}, "cost": None}):
+        cache.put(KEY, facts, b"bytes")
+        assert cached_engine(request, KEY, cache) is None
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:

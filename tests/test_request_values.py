@@ -137,6 +137,8 @@ def test_requests_take_tensors(loaded: LoadedArtifact) -> None:
         "noise": torch.from_numpy(noise), "negative_conditions": {"y": Alone(torch.tensor([0, 0, 1]))}
     }  # fmt: skip
     assert np.array_equal(loaded.sample({"y": torch.tensor([1, 2, 3])}, **tensors), wanted)
+    seeded = loaded.sample({"y": [1, 2]}, seed=[3, 4])
+    assert np.array_equal(loaded.sample({"y": [1, 2]}, seed=torch.tensor([3, 4])), seeded)  # type: ignore[arg-type]
     inputs = {"x": noise, "t": np.full((3, 1), 5.0), "y": np.array([1, 2, 3])}
     given = {name: torch.from_numpy(value) for name, value in inputs.items()}
     assert np.array_equal(loaded.denoise(**given), loaded.denoise(**inputs))
@@ -151,6 +153,15 @@ def test_requests_take_tensors(loaded: LoadedArtifact) -> None:
         ({"conditions": {"y": torch.tensor([0.5, 1.0])}}, "'y' cannot be converted"),
         ({"conditions": {"y": torch.tensor([1, 9])}}, "'y' is out of range"),
         ({"conditions": {"z": torch.tensor([1, 2])}}, "unknown condition 'z'"),
+        ({"conditions": [1, 2]}, "inputs are given by name"),
+        ({"negative_conditions": [1, 2]}, "inputs are given by name"),
+        ({"seed": None}, "a seed is not an integer"),
+        ({"seed": 1.5}, "a seed is not an integer"),
+        ({"seed": torch.Generator()}, "a seed is not an integer"),
+        ({"seed": "12"}, "a seed is not an integer"),
+        ({"seed": torch.tensor([1.0, 2.0])}, "a seed is not an integer"),
+        ({"guidance_scale": "high"}, "guidance_scale is not a number"),
+        ({"generator": torch.Generator()}, "unknown generator of noise"),
     ],
 )
 def test_what_does_not_fit_is_refused(request_of: dict[str, Any], what: str, loaded: LoadedArtifact) -> None:
