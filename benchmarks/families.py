@@ -1,10 +1,11 @@
-"""Engines for GPUs of models at their released widths and reduced depth, made on this machine and checked on it.
+"""Engines for GPUs (sm80, sm89, sm120) of models at released widths and reduced depth, made and checked without a GPU.
 
-    python benchmarks/families.py                                     # PixArt, SD3, FLUX, Wan: sm80, sm89, sm120
-    python benchmarks/families.py --models digits --front front.json  # a searched schedule of the digits model
+    python benchmarks/families.py                                                 # PixArt, SD3, FLUX, Wan
+    python benchmarks/families.py --models digits --steps 50 --front front.json   # a searched schedule
 
 Random weights: `error` is the layer's forward on the processor, every value rounded, against the float32 artifact, over
-the output's range. 256 image tokens. `weights` is how often the layer stores the model's weights in its own type.
+the output's range. 256 image tokens. `over weights` is the engines' size over the weights in the layer's type, and
+`weights stored` how many bytes of weights they were given, over the same.
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 TOKENS = {"hidden_states": 256, "img_ids": 256, "encoder_hidden_states": 128, "txt_ids": 128}
 HEADER = (
-    "model", "type", "parameters", "engines", "operations", "layers", "build", "size", "weights", "error", "limit",
+    "model", "type", "parameters", "engines", "operations", "layers", "build", "size", "over weights",
+    "weights stored", "error", "limit",
 )  # fmt: skip
 
 
-def model_of(name: str) -> dict[str, Any]:
+def model_of(name: str, steps: int = 4) -> dict[str, Any]:
     """Arguments of `dcc.compile` for the model, with random weights whose gates are open."""
     if name == "digits":
-        return {"model": DIGITS, "sampler": "ddim", "steps": 20}
+        return {"model": DIGITS, "sampler": "ddim", "steps": steps}
     import diffusers
 
     kind, config = CONFIGS[name]
@@ -69,7 +71,7 @@ def model_of(name: str) -> dict[str, Any]:
     assert facts is not None
     inputs = {key: _shorter(key, value) for key, value in facts.example_inputs.items()}
     sampler = "ddim" if name == "pixart" else "flow-euler"
-    return {"model": module, "example_inputs": inputs, "sampler": sampler, "steps": 4, "guidance": "none"}
+    return {"model": module, "example_inputs": inputs, "sampler": sampler, "steps": steps, "guidance": "none"}
 
 
 def _shorter(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,9 @@ def rows(name: str, path: Path, parameters: int) -> list[list[str]]:
             str(len(layer.engines)), f"{sum(sum(engine['nodes'].values()) for engine in engines.values()):,}",
             f"{sum(engine['layers'] for engine in engines.values()):,}",
             f"{sum(engine['seconds'] for engine in engines.values()):.1f} s", f"{size / 2**20:,.1f} MiB",
-            f"{size / (stored / 2):.3f}x", f"{layer.summary['forward_error']:.1e}",
+            f"{size / (stored / 2):.3f}x",
+            f"{sum(engine['weight_bytes'] for engine in engines.values()) / (stored / 2):.2f}x",
+            f"{layer.summary['forward_error']:.1e}",
             f"{TOLERANCE[layer.dtype].forward:.0e}",
         ])  # fmt: skip
     return found
@@ -107,12 +111,13 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=["fp16", "bf16"], default=["fp16", "bf16"])
     parser.add_argument("--front", help="a front.json: the digits model is compiled with a schedule of it")
     parser.add_argument("--pick", default="2x")
+    parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER), flush=True)
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.dcc"
-            arguments = model_of(name)
+            arguments = model_of(name, options.steps)
             if name == "digits" and options.front:
                 arguments |= {"schedule": options.front, "pick": options.pick}
             start = time.perf_counter()
