@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Queue
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from dcc.errors import ExportError
 from dcc.exports.cached_build import cached_engine, request_key, store_engine
@@ -241,14 +241,25 @@ def serve(folder: str) -> None:
         except OSError as error:
             refused = _no_room(Path(folder), error)
             answer = "failed", {"what": refused.what, "details": refused.details}
-        print(json.dumps(answer), file=answers, flush=True)
+        try:
+            print(json.dumps(answer), file=answers, flush=True)
+        except OSError:  # nobody is there any more; who listens may not have noticed yet
+            _leave(folder)
 
 
 def _listen(jobs: Queue[str], folder: str) -> None:
     for line in sys.stdin:
         jobs.put(line)
-    # Whoever removes the folder otherwise may have been killed.
-    shutil.rmtree(folder, ignore_errors=True)
+    _leave(folder)
+
+
+def _leave(folder: str) -> NoReturn:
+    """The process ends, and the folder is gone: whoever removes it otherwise may have been killed."""
+    # Again, because the other thread may have written a file meanwhile.
+    for _ in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not Path(folder).exists():
+            break
     os._exit(0)
 
 
