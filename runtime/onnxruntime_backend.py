@@ -116,6 +116,9 @@ class OnnxRuntimeBackend:
         self._several = several or sum(engine.kind == "step" for engine in artifact.plan.engines) > 1
         # A step of several engines wakes the threads of each in turn, unless all share one pool.
         self._shared_pool = own_process and self._several
+        if own_process:
+            # A host application decides for itself.
+            _onnxruntime().disable_telemetry_events()
         if self._several:
             _share_arena()
         if self._shared_pool:

@@ -181,5 +181,5 @@ def _report(
     return {
         "output": str(path), "images": len(samples), "shape": list(samples.shape), "seeds": seeds, "conditions": small,
         "calls": len(artifact.plan.order), "seconds": round(seconds, 4),
-        "minimum": float(samples.min()), "maximum": float(samples.max()),
+        "minimum": float(samples.min()), "maximum": float(samples.max()), "placement": str(artifact.placement),
     }  # fmt: skip
