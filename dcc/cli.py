@@ -6,6 +6,7 @@ standard library alone, so that an interrupt while the commands are being import
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from dcc.errors import DccError, UsageError
 
@@ -83,22 +85,30 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
     """
     received: list[int] = []
 
+    def swallowed(unraisable: Any) -> None:
+        # It came while an object was deleted or a callback ran: Python would print it, and go on.
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            # Once more, after this function, whose own exceptions would be ignored as well.
+            threading.Timer(0.01, _thread.interrupt_main).start()
+
     def interrupt(number: int, _: object) -> None:
         received.append(number)
         logging.disable(logging.CRITICAL)
+        sys.unraisablehook = swallowed
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield lambda: False  # only the main thread may set handlers; a program around dcc may have its own
         return
-    level = logging.root.manager.disable
+    level, hook = logging.root.manager.disable, sys.unraisablehook
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         logging.disable(level)
+        sys.unraisablehook = hook
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -518,3 +518,25 @@ def test_closed_pipe_is_quiet(artifact: Path) -> None:
 def test_no_colour_without_a_terminal(dcc: Run, artifact: Path) -> None:
     assert "\x1b" not in dcc("inspect", artifact).out
     assert os.environ.get("NO_COLOR") is None or os.environ["NO_COLOR"]
+
+
+def test_an_interrupt_that_comes_while_an_object_is_deleted_is_not_lost(
+    dcc: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would print it as ignored, with its traceback, and the command would go on."""
+
+    class Deleted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def command(_: list[str]) -> int:
+        Deleted()
+        for _ in range(1000):
+            time.sleep(0.001)
+        return 0
+
+    monkeypatch.setattr("dcc.cli._run", command)
+    before = sys.unraisablehook
+    result = dcc("targets")
+    assert result.code == 130 and result.err.splitlines() == ["interrupted"]
+    assert sys.unraisablehook is before

@@ -140,7 +140,8 @@ def layer_rows(layer: dict[str, Any]) -> list[tuple[str, str]]:
         text = f"{title}: {count} engines, {built}, built in {seconds:.1f} s with {peak} at most"
         text += f" ({cached} from the cache)" if cached else ""
     else:
-        then = "which ONNX Runtime runs" if layer["backend"] == "onnxruntime-cuda" else "engines are built on the device"
+        built = layer["backend"] != "onnxruntime-cuda"
+        then = "engines are built on the device" if built else "which ONNX Runtime runs"
         text = f"{title}: {count} graphs; {then}"
     rows = [("layer", text), ("", layer["summary"]["reason"])]
     if layer["engines"]:
