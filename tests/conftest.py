@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from dcc.runtime.onnxruntime_backend import OnnxRuntimeBackend
 settings.register_profile("dcc", derandomize=True, deadline=None, database=None)
 settings.load_profile("dcc")
 torch.set_num_threads(1)
+# A parent that ignores interrupts (nohup, a background job) passes that on, and tests of interrupts need them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 

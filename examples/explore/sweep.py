@@ -24,7 +24,7 @@ from dcc.passes.magcache import MagCache
 from dcc.passes.smoothcache import SmoothCache
 from dcc.passes.taylorseer import TaylorSeer
 from dcc.preparation import Source, prepare
-from dcc.search.assess import PlainSteps, alternate, computed_share
+from dcc.search.assess import PlainSteps, beside_exact, computed_share
 from dcc.search.fitting import fit_weights
 from dcc.search.laboratory import Laboratory
 
@@ -61,12 +61,12 @@ def main() -> None:
                 key: fit_weights(laboratory, schedule, laboratory.search).schedule for key, schedule in found.items()
             }
         loaded = {str(key): laboratory.load(schedule) for key, schedule in found.items()}
-        times = alternate(laboratory, {"exact": laboratory.load(None), **loaded}, laboratory.search)
+        ratios, exact_ms = beside_exact(laboratory, laboratory.load(None), loaded)
         plain, rows = PlainSteps(prepared, laboratory, Path(folder)), []
         for key, schedule in found.items():
             samples = laboratory.run(schedule, laboratory.held_out).samples
-            speed, psnr = times["exact"] / times[str(key)], laboratory.quality(samples, laboratory.held_out)[1]
-            fewer = plain.of_equal_time(speed, times["exact"])
+            speed, psnr = 1 / ratios[str(key)], laboratory.quality(samples, laboratory.held_out)[1]
+            fewer = plain.of_equal_time(speed, exact_ms)
             beside = (fewer.steps, fewer.psnr) if fewer else (steps, float("inf"))
             rows.append((key[0], schedule.name, computed_share(laboratory, schedule), speed, psnr, *beside))
     with (options.output / "sweep.csv").open("w", newline="") as file:
