@@ -53,7 +53,8 @@ class FastSearch:
         outputs = np.stack([output.ravel() for output in laboratory.exact_outputs(laboratory.search)], dtype=np.float64)
         products = outputs @ outputs.T / outputs.shape[1]
         sensitivity = laboratory.sensitivity()
-        self._errors = tuple(StepErrors.of(products, sensitivity, ORDER, trust) for trust in TRUSTS)
+        errors = [StepErrors.of(products, sensitivity, ORDER, trust) for trust in TRUSTS]
+        self._expected, self._best = errors[0].of_calls, [item.best() for item in errors]
         self._tried: dict[tuple[int, ...], Tried] = {}
         self._yielded: Tried | None = None
 
@@ -102,7 +103,7 @@ class FastSearch:
 
     def _proposals(self, count: int) -> tuple[tuple[int, ...], ...]:
         """So many calls: those of the least expected error, by each reading of it, and evenly spaced ones."""
-        best = [errors.best()[count - 1] for errors in self._errors]
+        best = [chosen[count - 1] for chosen in self._best]
         return tuple(dict.fromkeys((*best, _evenly(count, self._subject.calls))))
 
     def _first_that_holds(self, proposals: Sequence[tuple[int, ...]]) -> Tried:
@@ -137,7 +138,7 @@ class FastSearch:
     def _next_move(self, start: Tried) -> tuple[int, ...] | None:
         """The move of a single call that was not tried, and of which the least error is expected."""
         moves = [calls for calls in _moves(start.calls, self._subject.calls) if calls not in self._tried]
-        return min(moves, key=self._errors[0].of_calls, default=None)
+        return min(moves, key=self._expected, default=None)
 
     def _try(self, calls: tuple[int, ...]) -> Tried:
         if calls not in self._tried:
