@@ -2,6 +2,7 @@
 
     python benchmarks/large.py                               # the portable engines alone
     python benchmarks/large.py --target a100,rtx4090,rtx5090 # engines for GPUs as well, built here
+    python benchmarks/large.py --target a100 --alone         # the same, added to the artifact by a process of its own
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import threading
@@ -20,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 class PrivatePeak(threading.Thread):
-    """The most memory that is this process's alone, in bytes: pages of mapped files can be dropped, and count twice
-    where a file is mapped twice."""
+    """The most memory, in bytes, that is this process's and its children's alone.
+
+    Pages of mapped files are left out: they can be dropped, and count twice where a file is mapped twice.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -29,11 +33,32 @@ class PrivatePeak(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        status = Path("/proc/self/status")
+        tasks = Path("/proc/self/task")
         while True:
-            line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-            self.nbytes = max(self.nbytes, 1024 * int(line.split()[1]))
+            children = [child for task in tasks.iterdir() for child in _read(task / "children").split()]
+            self.nbytes = max(self.nbytes, sum(_private(Path("/proc", name)) for name in ("self", *children)))
             time.sleep(0.05)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has ended
+        return ""
+
+
+def _private(process: Path) -> int:
+    lines = [line for line in _read(process / "status").splitlines() if line.startswith("RssAnon")]
+    return 1024 * int(lines[0].split()[1]) if lines else 0
+
+
+def build_alone(path: Path, target: str) -> None:
+    """Prints what adding the layer to an artifact takes, in a process that does nothing else."""
+    import dcc
+
+    private, start = PrivatePeak(), time.perf_counter()
+    dcc.build(path, target=target, engine_cache=False, workers=1)
+    print(json.dumps({"dcc build seconds": round(time.perf_counter() - start, 1), "private": private.nbytes}))
 
 
 def layer_figures(path: Path) -> list[dict[str, Any]]:
@@ -68,8 +93,13 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="cpu")
-    target = parser.parse_args().target
-
+    parser.add_argument("--alone", action="store_true", help="the layer is added by `dcc build`, in its own process")
+    parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    target = given.target
+    if given.build is not None:
+        build_alone(given.build, target)
+        return
     made = models.dit_xl()
     weights = sum(p.numel() * p.element_size() for p in made["module"].parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -77,10 +107,16 @@ def main() -> None:
         start = time.perf_counter()
         report = dcc.compile(
             made["module"], example_inputs=made["example_inputs"], sampler="ddim", steps=50, guidance="none",
-            output=Path(folder) / "xl.dcc", target=target, engine_cache=False,
+            output=Path(folder) / "xl.dcc", target="cpu" if given.alone else target, engine_cache=False,
             progress=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
         seconds = time.perf_counter() - start
+        alone = {}
+        if given.alone:
+            command = [sys.executable, __file__, "--build", str(Path(folder) / "xl.dcc"), "--target", target]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            alone = json.loads(done.stdout.splitlines()[-1])
+            alone["private over half-size weights"] = round(2 * alone["private"] / weights, 2)
         layers = layer_figures(Path(folder) / "xl.dcc")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     hoist = next(item for item in report.passes if item["name"] == "hoist-scopes")
@@ -102,6 +138,7 @@ def main() -> None:
                 ),
                 "cut": cut["why"],
                 "forward error": report.forward_error,
+                **alone,
                 "layers": layers,
             },
             indent=1,
